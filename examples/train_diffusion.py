@@ -35,6 +35,7 @@ from olvae.figures import labelled_grid
 from olvae.models.loading.targets import find_target
 
 BATCH = 32
+EULER_STEPS = 50  # from noise to a latent
 
 
 @dataclass
@@ -167,10 +168,10 @@ def train(unet: UNet2DModel, batches: Iterator[Tensor], steps: int) -> list[floa
 
 @torch.no_grad()
 def sample(unet: UNet2DModel, latents: Latents, count: int) -> Tensor:
-    """Follow the velocity back from noise to latents in 50 Euler steps and decode:
+    """Follow the velocity back from noise to latents in Euler steps and decode:
     images in [-1, 1], (B, 3, H, W)."""
     z = torch.randn((count, *latents.shape))
-    times = torch.linspace(1, 0, 51)
+    times = torch.linspace(1, 0, EULER_STEPS + 1)
     for t, next_t in pairwise(times):
         z = z + (next_t - t) * unet(z, 1000 * t).sample
     return latents.decode(z / latents.scale + latents.shift)

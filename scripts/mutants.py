@@ -101,15 +101,13 @@ def main() -> None:
     # The sample: the first of all mutants, in an order that the seed fixes.
     files = sorted(path.relative_to(ROOT) for path in ROOT.glob("olvae/**/*.py"))
     core = [path for path in files if path.parts[1].removesuffix(".py") in CORE]
-    every = [
-        m
-        for path in core
-        if fnmatch(str(path), options.files)
-        for m in mutants(ROOT / path, str(path))
-    ]
+    all_of_core = [m for path in core for m in mutants(ROOT / path, str(path))]
+    equivalent = {line.partition(" # ")[0] for line in EQUIVALENT.read_text("utf-8").splitlines()}
+    for name in sorted(equivalent - {m.name for m in all_of_core}):
+        print(f"{EQUIVALENT.name}: there is no such mutant: {name}")
+    every = [m for m in all_of_core if fnmatch(m.file, options.files)]
     random.Random(options.seed).shuffle(every)
     sample = every[: options.number]
-    equivalent = {line.partition(" # ")[0] for line in EQUIVALENT.read_text("utf-8").splitlines()}
     options.out.touch()
     done = dict(json.loads(line) for line in options.out.read_text("utf-8").splitlines())
 

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +33,14 @@ class Mutant(NamedTuple):
     end: int
     text: str
     old: str
+    nth: int
+    """Among those of the same texts in a function."""
 
     @property
     def name(self) -> str:
         old, new = (" ".join(text.split()) for text in (self.old, self.text))
-        return f"{self.file} {self.function}: {old} -> {new}"
+        nth = f" [{self.nth}]" if self.nth > 1 else ""
+        return f"{self.file} {self.function}: {old} -> {new}{nth}"
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
@@ -87,6 +91,7 @@ def mutants(path: Path, name: str) -> Iterator[Mutant]:
         starts.append(starts[-1] + len(line))
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
     seen = set()
+    same = Counter[tuple[str, str, str]]()
     for function in functions:
         for node in inside(function.body):
             for other in changes(node):
@@ -100,7 +105,9 @@ def mutants(path: Path, name: str) -> Iterator[Mutant]:
                 old = text[start:end].decode()
                 if (start, end, new) not in seen:
                     seen.add((start, end, new))
-                    yield Mutant(name, function.name, node.lineno, start, end, new, old)
+                    same[function.name, old, new] += 1
+                    nth = same[function.name, old, new]
+                    yield Mutant(name, function.name, node.lineno, start, end, new, old, nth)
 
 
 def inside(nodes: Sequence[ast.AST]) -> Iterator[Any]:

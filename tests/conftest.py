@@ -3,9 +3,10 @@
 import copy
 import gc
 import io
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, wraps
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from olvae.files import SIGNALS
+from olvae.pool import SharedProgress, run_in_processes
 from tests.browser import browser  # noqa: F401  (a fixture)
 from tests.models.parts.vision import vit  # noqa: F401  (a fixture)
 from tests.pretrained import nowhere, vgg19, weights_dir  # noqa: F401  (fixtures)
@@ -46,7 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:
+        # torch would keep a stack for each kind of device, in case it is used later.
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -72,15 +78,18 @@ def _lasting() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def usual_probe() -> Iterator[int]:
     """Measure reading speeds for a moment, diffusers' autoencoders on images smaller than a
-    user's, of this side.
+    user's, of this side; trainers look for no other package's callbacks.
     """
+    from lightning.pytorch.trainer.connectors import callback_connector
+
     from olvae.data import audit
     from olvae.models.loading import from_diffusers
 
     usual = from_diffusers.PROBE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit, "MEASURE_S", 0.05)
+        patch.setattr(audit, "MEASURE_S", 0.01)
         patch.setattr(from_diffusers, "PROBE", 32)
+        patch.setattr(callback_connector, "_load_external_callbacks", lambda _: [])
         yield usual
 
 
@@ -113,7 +122,9 @@ def network_rows() -> list[Any]:
     """What ``network_table`` counts, once."""
     from olvae.bench.cases import network_table
 
-    return network_table()
+    with pytest.MonkeyPatch.context() as patch:
+        skip_power_iterations(patch)
+        return network_table()
 
 
 @pytest.fixture(scope="session")
@@ -161,6 +172,39 @@ def whole_training(quick_training: None, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(summary, "plot_curves", plot_curves)
     monkeypatch.setattr(summary, "count_macs", count_macs)
+
+
+def run_here(
+    function: Callable[[Any, Any], Any],
+    tasks: Sequence[Any],
+    workers: int,
+    on_progress: Callable[[int], None],
+) -> list[Any]:
+    """Stand in for ``run_in_processes``, whose forks take longer than what small tasks do."""
+    progress = SharedProgress(multiprocessing)
+    results = [function(task, progress) for task in tasks]
+    on_progress(progress.count.get_obj().value)
+    return results
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks, packs and indexes of shards read here: processes of a pool have their own tests."""
+    from olvae.data import audit, packing
+    from olvae.data.shards import indexing
+
+    for module in (audit, packing, indexing):
+        monkeypatch.setattr(module, "run_in_processes", run_here)
+
+
+@pytest.fixture
+def processes(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read in processes, in a file whose other tests have one."""
+    from olvae.data import audit, packing
+    from olvae.data.shards import indexing
+
+    for module in (audit, packing, indexing):
+        monkeypatch.setattr(module, "run_in_processes", run_in_processes)
 
 
 @pytest.fixture
@@ -211,7 +255,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 TINY_ENCODER = {
     "extractor_channels": 8,
-    "extractor_mult": [1, 2],
+    "extractor_mult": [1],
     "extractor_resblocks": 1,
     "aggregate_channels": 8,
     "aggregate_mult": [1, 2],
@@ -222,8 +266,8 @@ TINY_ENCODER = {
 
 
 def one_width() -> dict[str, Any]:
-    """The tiny encoder's node with UNets of one width, so of half as many tensors: to be built,
-    written and read in half the time.
+    """The tiny encoder's node with UNets of one width, of fewer tensors to be built, written and
+    read.
     """
     node: dict[str, Any] = tiny_config()["model"]["params"]["encoder_config"]
     node["params"] |= {"extractor_mult": [1], "aggregate_mult": [1]}
@@ -292,6 +336,38 @@ def tiny_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:
     }
 
 
+PLAIN_ENCODER = {
+    "packets": True,
+    "extractor_channels": 8,
+    "extractor_mult": [1],
+    "extractor_resblocks": 0,
+    "aggregate_channels": 8,
+    "aggregate_mult": [1],
+    "aggregate_resblocks": 0,
+    "image_size": 16,
+}
+"""The arguments of a LiteVAE_Encoder of two convolutions."""
+
+
+def plain_networks() -> dict[str, Any]:
+    """A few convolutions, for what does not depend on the networks, as signals and checkpoints."""
+    return {
+        "encoder_config": {
+            "target": "olvae.modules.litevae.encoder_model.LiteVAE_Encoder",
+            "params": copy.deepcopy(PLAIN_ENCODER),
+        },
+        "decoder_config": {
+            "target": "olvae.modules.others.tiny.TinyDecoder",
+            "params": {"channels": 8, "z_channels": 4, "blocks": [0, 0, 0, 0]},
+        },
+    }
+
+
+def plain_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:
+    """As :func:`tiny_config`'s, on plain networks: it trains in half of the time."""
+    return tiny_config(root, **{**plain_networks(), **model})
+
+
 def tiny(**model: Any) -> "LiteVAE":
     """The autoencoder of :func:`tiny_config`, with fresh weights, in evaluation mode."""
     from olvae import LiteVAE
@@ -302,6 +378,31 @@ def tiny(**model: Any) -> "LiteVAE":
     ).eval()
 
 
+@contextmanager
+def trained_in(folder: Path, make_config: Callable[[Path], dict[str, Any]]) -> Iterator[Path]:
+    """A run folder after two steps, on a folder of twelve pictures, both in this folder."""
+    from olvae.cli.main import main
+    from olvae.config import save
+    from olvae.training import run as training
+
+    (folder / "photos").mkdir()
+    for i, picture in enumerate(smooth_pictures()):
+        picture.save(folder / "photos" / f"{i}.png")
+    save(make_config(folder / "photos"), folder / "tiny.yaml")
+    arguments = ["--base", folder / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(training.RUN_ENV, "")  # so that what training sets is taken back
+        with pytest.raises(SystemExit) as leaving:
+            main(["train", *map(str, arguments), "lightning.trainer.max_steps=2"])
+        assert leaving.value.code == 0
+        yield next((folder / "runs").iterdir())
+
+
+def narrow_config(root: Path) -> dict[str, Any]:
+    """As :func:`tiny_config`'s, with UNets of one width."""
+    return tiny_config(root, encoder_config=one_width())
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, quick_training) -> Iterator[Path]:
     """A run folder after two steps, on a folder of twelve pictures beside it; not to be changed.
@@ -309,22 +410,7 @@ def trained(tmp_path_factory, quick_training) -> Iterator[Path]:
     Most tests of commands read its last checkpoint, which for their sake has few tensors: UNets of
     one width, and no optimizer's state, which is in its best one.
     """
-    from olvae.cli.main import main
-    from olvae.config import save
-    from olvae.training import run as training
-
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "photos").mkdir()
-    for i, picture in enumerate(smooth_pictures()):
-        picture.save(folder / "photos" / f"{i}.png")
-    save(tiny_config(folder / "photos", encoder_config=one_width()), folder / "tiny.yaml")
-    arguments = ["--base", folder / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(training.RUN_ENV, "")  # so that what training sets is taken back
-        with pytest.raises(SystemExit) as leaving:
-            main(["train", *map(str, arguments), "lightning.trainer.max_steps=2"])
-        assert leaving.value.code == 0
-        run = next((folder / "runs").iterdir())
+    with trained_in(tmp_path_factory.mktemp("trained"), narrow_config) as run:
         last = run / "checkpoints" / "last.ckpt"
         content = torch.load(last, weights_only=True)
         for optimizer in content["optimizer_states"]:

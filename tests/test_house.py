@@ -4,6 +4,7 @@ import ast
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("olvae/**/*.py"))
 TEXTS = {path: path.read_text(encoding="utf-8") for path in FILES}
-TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
-NODES = [node for tree in TREES.values() for node in ast.walk(tree)]
 LINES = [line for text in TEXTS.values() for line in text.splitlines()]
 
 # What the code holds may not grow unnoticed. Lines and statements are free: unfolding makes both.
@@ -54,12 +53,23 @@ THAT_OF = re.compile(r"\b(that|those) of\b|\bof which\b")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """Parse all files, once; not where tests are only collected."""
+    return {path: ast.parse(text) for path, text in TEXTS.items()}
+
+
+@cache
+def nodes() -> list[ast.AST]:
+    return [node for tree in trees().values() for node in ast.walk(tree)]
+
+
 def place(path: Path, node: ast.AST) -> str:
     return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
 
 
 def functions() -> Iterator[tuple[Path, Function]]:
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         yield from ((path, node) for node in ast.walk(tree) if isinstance(node, Function))
 
 
@@ -72,13 +82,13 @@ def nothing(found: Iterable[str]) -> None:
 
 def test_the_package_holds_no_more_than_it_did():
     assert len(FILES) <= FILES_AT_MOST
-    assert len(NODES) <= SYNTAX_NODES_AT_MOST
+    assert len(nodes()) <= SYNTAX_NODES_AT_MOST
 
 
 def test_a_line_holds_one_thought():
-    assert len(NODES) / len(LINES) <= NODES_A_LINE
+    assert len(nodes()) / len(LINES) <= NODES_A_LINE
     for kinds, limit in A_THOUSAND_LINES_AT_MOST.items():
-        found = sum(isinstance(node, kinds) for node in NODES)
+        found = sum(isinstance(node, kinds) for node in nodes())
         assert found * 1000 / len(LINES) <= limit, kinds
 
 
@@ -90,7 +100,7 @@ def test_blocks_have_captions():
 def test_few_assignments_of_several_values_at_once():
     found = [
         node
-        for node in NODES
+        for node in nodes()
         if isinstance(node, ast.Assign)
         and isinstance(node.targets[0], ast.Tuple)
         and isinstance(node.value, ast.Tuple)
@@ -149,7 +159,7 @@ def public_names(tree: ast.Module) -> Iterator[str]:
 
 def test_one_name_is_one_thing():
     places: dict[str, set[str]] = defaultdict(set)
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for name in public_names(tree):
             places[name].add(str(path.relative_to(ROOT)))
     nothing(
@@ -182,7 +192,7 @@ def test_functions_fit_on_a_screen():
 
 def test_constructors_take_few_arguments():
     found = {}
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
             if cls.name in PUBLISHED or cls.name.endswith("Source"):
                 continue
@@ -201,7 +211,7 @@ def test_the_library_does_not_speak_of_flags():
     """Messages name settings in backticks; `olvae.cli.options.in_flags` makes them flags."""
     nothing(
         f"{place(path, node)}: {found[0]}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         if path.relative_to(ROOT / "olvae").parts[0] not in SPEAKS_OF_FLAGS
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant)
@@ -213,7 +223,7 @@ def test_the_library_does_not_speak_of_flags():
 def test_public_names_are_listed_in_packages_alone():
     nothing(
         str(path.relative_to(ROOT))
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         if path.name != "__init__.py"
         and "__all__" in TEXTS[path]
         and any(ast.unparse(node).startswith("__all__ =") for node in tree.body)
@@ -224,7 +234,7 @@ def test_docstrings_begin_as_one_would_say_it():
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nothing(
         f"{place(path, node)}: {line}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, documented)
         and TRANSLATED.search(line := (ast.get_docstring(node) or "").partition("\n")[0])

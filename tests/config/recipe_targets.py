@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 from olvae.config import recipes
-from olvae.data.places import load
+from tests.recipes import recipe
 
 
 def targets(node: Any) -> Iterator[str]:
@@ -19,7 +19,7 @@ def targets(node: Any) -> Iterator[str]:
 @cache
 def read_targets() -> set[str]:
     """Those of this package and Lightning in the recipes, and some others."""
-    named = {target for name in recipes() for target in targets(load([name]))}
+    named = {target for path in recipes().values() for target in targets(recipe(path))}
     return {target for target in named if target.startswith(("olvae.", "lightning."))} | {
         "lightning.pytorch.Trainer",
         "lightning.pytorch.callbacks.ModelCheckpoint",

@@ -28,7 +28,7 @@ from PIL import Image
 
 from olvae import LiteVAE
 from olvae.config import recipes, save
-from olvae.data.places import VOLUMES, load
+from olvae.data.places import VOLUMES
 from olvae.losses import perceptual
 from olvae.models import linear_code
 from olvae.models.loading.targets import find_target
@@ -42,6 +42,7 @@ from tests.export.latents import encode
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.classes import make
 from tests.pretrained import classifier_of_torchvision
+from tests.recipes import recipe
 from tests.training.origins import EIGHT
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,7 @@ FOLDER = ROOT / "tests" / "reference" / "curves"
 
 STEPS = 20
 CROP = 32  # pixels; adversaries, deep/ and latents/ take twice that
-RECIPES = [name for name in recipes() if load([name]).get("lightning")]
+RECIPES = [name for name, path in recipes().items() if recipe(path).get("lightning")]
 """All but the published model's networks, whose file has no training."""
 
 TOLERANCE = 1e-4
@@ -200,7 +201,7 @@ def narrow(node: dict[str, Any], shop: Workshop) -> dict[str, Any]:
 
 def in_small(name: str, shop: Workshop) -> dict[str, Any]:
     """Write a recipe's config with narrow networks and small crops of the workshop's pictures."""
-    config = load([name])
+    config = recipe(recipes()[name])
     model = config["model"]
     params = model["params"]
     parts = params.get("parts", {})

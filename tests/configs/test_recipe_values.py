@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from olvae.config import resolve_target
-from olvae.data.places import load
+from tests.recipes import recipe
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "olvae" / "recipes" / "imagenet"
@@ -157,7 +157,7 @@ def test_every_recipe_has_a_row_of_values():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_has_what_its_sources_say(name):
-    found, row = leaves(load([FOLDER / f"{name}.yaml"])), ROWS[name]
+    found, row = leaves(recipe(FOLDER / f"{name}.yaml")), ROWS[name]
     assert {key: found.get(key) for key in row} == row
     assert (ADVERSARY + "target" in found) == (DISCRIMINATOR + "target" in row)
     assert not (found.keys() & set(LITEVAES)) - row.keys()
@@ -189,7 +189,7 @@ def test_decisions_of_recipes_are_marked_where_they_stand():
 ADVERSARIES = [
     path
     for path in sorted((ROOT / "olvae" / "recipes").rglob("*.yaml"))
-    if "adversary_config" in load([path])["model"]["params"]
+    if "adversary_config" in recipe(path)["model"]["params"]
 ]
 
 WEIGHTS = {"PatchGAN": 0.05, "GigaGAN": 0.05, "UNetGAN": 0.02, "DinoDiscriminator": 0.75}
@@ -201,7 +201,7 @@ and 2.0 to 5.2 times the pixel terms'. The last is RAE's, times an adaptive fact
 def test_adversaries_begin_slowly_with_comparable_weights(path):
     """And where they play, the best weights are not those of the best PSNR,
     except in the demo and for students."""
-    found = load([path])
+    found = recipe(path)
     params = found["model"]["params"]["adversary_config"]["params"]
     assert params["weight"] == WEIGHTS[params["discriminator_config"]["target"].rpartition(".")[2]]
     assert params["ramp_steps"] >= max(40, found["lightning"]["trainer"]["max_steps"] // 40)
@@ -216,11 +216,11 @@ TRAINABLE = [
     for path in sorted(
         [*(ROOT / "olvae" / "recipes").rglob("*.yaml"), *(ROOT / "study").glob("*.yaml")]
     )
-    if load([path]).get("lightning")
+    if recipe(path).get("lightning")
 ]
 
 
 @pytest.mark.parametrize("path", TRAINABLE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_clips_gradients(path):
     """A loss that is large once, and finite, then moves the weights no further than any other."""
-    assert load([path])["lightning"]["trainer"]["gradient_clip_val"] > 0
+    assert recipe(path)["lightning"]["trainer"]["gradient_clip_val"] > 0

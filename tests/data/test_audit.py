@@ -12,6 +12,8 @@ from olvae.data.packing import PackOptions, pack
 from tests.data.images import close_folders, noise, saved, write_photos
 from tests.export.latents import encode
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 
 @pytest.fixture
 def photos(tmp_path):
@@ -25,6 +27,7 @@ def shards(photos, tmp_path):
     return tmp_path / "shards"
 
 
+@pytest.mark.usefixtures("processes")
 def test_audit_of_a_folder_that_is_fine(photos):
     counted = []
     result = audit_source(
@@ -80,6 +83,7 @@ def test_audit_of_kinds_of_files(root):
     assert result.notes == ["images with alpha, laid over white: 1; `channels` 4 keeps it"]
 
 
+@pytest.mark.usefixtures("processes")
 def test_audit_of_unreadable_files(photos):
     (photos / "empty.jpg").touch()
     (photos / "cut.png").write_bytes(saved(noise(0, (90, 90)), "PNG")[:9000])
@@ -113,6 +117,7 @@ def test_audit_of_one_image_is_a_problem(tmp_path):
         assert "one image" in problem
 
 
+@pytest.mark.usefixtures("processes")
 def test_audit_of_shards_that_are_fine(shards):
     counted = []
     result = audit_source(

@@ -38,6 +38,8 @@ from olvae.files import file_sha256
 from tests.data.images import encoded, noise, saved, write_photos, write_tar
 from tests.data.volumes.scans import hounsfield, nifti
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 DEEP = PixelRange.from_node([0, 9])
 
 

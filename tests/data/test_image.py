@@ -329,11 +329,11 @@ def test_a_file_too_small_for_the_pixels_that_it_claims(name, tmp_path):
             Photo(content, name)
 
 
-@pytest.mark.parametrize("progressive", [False, True])
-def test_pictures_of_one_colour_are_as_small_as_their_format_allows(progressive):
+def test_pictures_of_one_colour_are_as_small_as_their_format_allows():
     flat = Image.new("L", (3000, 2000), 90)
     for content in (
-        saved(flat, "JPEG", optimize=True, progressive=progressive, quality=1),
+        saved(flat, "JPEG", optimize=True, quality=1),
+        saved(flat, "JPEG", optimize=True, progressive=True, quality=1),
         saved(flat, "GIF"),
         saved(flat.convert("P"), "GIF"),
     ):

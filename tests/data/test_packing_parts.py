@@ -35,6 +35,8 @@ from tests.data.images import noise, saved, write_photos
 from tests.data.pixels.files import npy, npz, tiff
 from tests.data.test_hub_items import Listed
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 
 class Named(ImageDataset):
     """Pictures by name; an empty one can't be read."""

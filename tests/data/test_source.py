@@ -21,10 +21,7 @@ from olvae.data.source import LoaderProcess
 
 SCRIPT = """
 import sys
-import time
-from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
-from olvae.data.shards.webdataset import WebDatasetSource
 
 source = FolderSource(sys.argv[1], 16, 2, num_workers=1)
 kept = [iter(source.test_loader()), iter(source.train_loader(0))]
@@ -100,6 +97,7 @@ def test_whatever_the_workers_and_ranks_batches_hold_the_next_positions(workers,
         assert parts[0] == list(range(first, first + 4 * world, world))
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("limit", [1, 2, 9])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_limited_validation_is_the_first_batches_of_its_loader(image_folder, limit, workers):

@@ -61,6 +61,7 @@ def test_measure_range_counts_all_columns_whatever_the_width(root):
     assert found.percentiles[0, 3] == pytest.approx(1000, abs=5)
 
 
+@pytest.mark.usefixtures("one_process")
 def test_measure_range_leaves_out_a_files_own_missing_value(root, tmp_path):
     array = np.full((40, 40), 7, dtype=np.float32)
     array[:4], array[4] = -9999, 9

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import dropwhile, pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ def flags_of(command: Any) -> set[str]:
         "--debug",
         *(flag for o in options for flag in (*o.opts, *o.secondary_opts)),
     }
+
+
+@cache
+def known_flags() -> set[str]:
+    return set().union(*(flags_of(command) for _, command in every_command()))
 
 
 def find(words: list[str]) -> tuple[Any, list[str]]:

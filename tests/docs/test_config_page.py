@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from olvae.config import recipes, resolve_target
-from olvae.data.places import load
 from olvae.data.shards.latent_source import LatentSource
 from olvae.data.source import Source
 from olvae.models.parts.part import Part
 from olvae.modules.base import Decoder, Encoder
 from study.arguments import MARKER, REQUIRED, arguments, meaning, with_tables
 from tests.docs.markdown import ROOT
+from tests.recipes import recipe
 
 PAGE = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| (`\w+`(?:<br>`\w+`)*) \| (.*?) \| (.*) \|$", re.M)
@@ -63,7 +63,7 @@ def test_every_argument_of_the_page_has_the_default_of_the_code():
 
 def test_no_class_that_a_config_may_build_is_missing():
     listed = {target for target, _ in MARKER.findall(PAGE)}
-    built = set().union(*(targets(load([name])) for name in recipes()))
+    built = set().union(*(targets(recipe(path)) for path in recipes().values()))
     assert {target for target in built if target.startswith("olvae.")} <= listed
 
     # All parts, sources and networks, also those that no recipe has.

@@ -14,13 +14,15 @@ from PIL import Image
 
 from scripts.draw_model import PICTURE, draw
 from tests.browser import Visit
+from tests.conftest import skip_power_iterations
 from tests.docs.markdown import ROOT
 from tests.test_app_in_a_browser import NUMBERS, served
 
 MODELS = ("olvae:photos-f8c12", "olvae:photos-f8c12-sharp")
 
 
-def test_the_drawn_model_is_the_one_of_the_recipe():
+def test_the_drawn_model_is_the_one_of_the_recipe(monkeypatch):
+    skip_power_iterations(monkeypatch)
     assert PICTURE.read_text(encoding="utf-8") == draw()
 
 

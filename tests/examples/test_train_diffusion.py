@@ -11,8 +11,10 @@ from tests.export.latents import encode, tiny_vae
 
 
 @pytest.fixture
-def example():
-    return load_example("train_diffusion")
+def example(monkeypatch):
+    module = load_example("train_diffusion")
+    monkeypatch.setattr(module, "EULER_STEPS", 4)
+    return module
 
 
 def test_train_diffusion_lowers_its_loss_and_makes_images(example, tmp_path, capsys):

@@ -18,7 +18,7 @@ def scale(x, y, sign=1):
         raise ValueError(
             f"é {x + 1}"
         )
-    total = x * 2 + y
+    total = x * 2 + y * 2
     print(pow(x, max(x, y)))
     print(zip([x], strict=True))
     return gcd(total, y).transpose(x, y).view(y, y)
@@ -49,9 +49,11 @@ def test_operators_constants_arguments_conditions_and_statements_change(made):
         'if x < y and not sign: raise ValueError( f"é {x + 1}" )'
         " -> if not (x < y and (not sign)): raise ValueError(f'é {x + 1}')",
         'raise ValueError( f"é {x + 1}" ) -> pass',
-        "x * 2 + y -> (x * 2 - y)",
+        "x * 2 + y * 2 -> (x * 2 - y * 2)",
         "x * 2 -> (x / 2)",
+        "y * 2 -> (y / 2)",
         "2 -> (3)",
+        "2 -> (3) [2]",
         "print(pow(x, max(x, y))) -> pass",
         "pow(x, max(x, y)) -> (pow(max(x, y), x))",
         "print(zip([x], strict=True)) -> pass",

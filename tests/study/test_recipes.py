@@ -7,13 +7,23 @@ from types import SimpleNamespace
 import pytest
 
 from olvae.config import recipes
+from olvae.data.pixels.size_and_range import Sides
 from olvae.models.footprint import Footprint
+from olvae.models.liteautoencoder import LiteAutoencoderKL
 from study.recipes import Counted, costs, groups, page, settings
+from tests.recipes import recipe
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "recipes.md"
 
 
+@pytest.fixture
+def read_once(monkeypatch):
+    """The table's settings are of recipes that other tests have read."""
+    monkeypatch.setattr("study.recipes.load", lambda names: recipe(recipes()[names[0]]))
+
+
+@pytest.mark.usefixtures("read_once")
 def test_every_recipe_is_on_the_page_with_its_settings():
     text = DOCUMENT.read_text(encoding="utf-8")
     assert [name for name in recipes() if f"`{name}`" not in text] == []
@@ -27,6 +37,7 @@ def test_every_recipe_is_on_the_page_with_its_settings():
         assert rows[name][1:5] == settings(name), f"{name}: python -m study.recipes"
 
 
+@pytest.mark.usefixtures("read_once")
 def test_what_a_recipe_continues_from_is_where_its_comments_name_it():
     for name, path in recipes().items():
         if "Start from" in path.read_text(encoding="utf-8"):
@@ -51,9 +62,17 @@ def test_the_page_is_what_the_script_makes_of_the_recipes():
     assert page(DOCUMENT) == DOCUMENT.read_text(encoding="utf-8"), "python -m study.recipes"
 
 
-def test_counted_keeps_an_autoencoder_that_is_not_the_hubs(tmp_path):
-    """Small enough to count here: 0.51 M parameters."""
-    need, parameters = Counted(tmp_path).of("folder")
+def test_counted_keeps_an_autoencoder_that_is_not_the_hubs(tmp_path, monkeypatch):
+    """Of 0.51 M parameters; the footprint has its own tests."""
+    asked = []
+    need = Footprint(fixed=1, per_image=2, flop=3)
+    monkeypatch.setattr("study.recipes.footprint", lambda *args: asked.append(args) or need)
+    counted = Counted(tmp_path)
+    found, parameters = counted.of("folder")
     assert round(parameters / 1e6, 2) == 0.51
-    assert need.per_image > 0
+    ((model, size, precision),) = asked
+    assert isinstance(model, LiteAutoencoderKL)
+    assert (found, size, precision) == (need, Sides.of(64), "bf16")
     assert list(tmp_path.iterdir()) == []
+    assert counted.of("folder") == (need, parameters)
+    assert len(asked) == 1

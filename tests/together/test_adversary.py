@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from olvae.models import liteautoencoder
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.updates.optimizers import mix_seeds
+from tests.conftest import plain_networks
 from tests.models.steps import (
     PATCHGAN,
     UNETGAN,
@@ -143,13 +144,15 @@ def test_an_update_of_the_discriminator_alone_leaves_the_autoencoder_untouched(i
 )
 def test_adversarial_weight_0_trains_the_autoencoder_as_in_phase_a(image_folder, settings):
     discriminator, size = (UNETGAN, 64) if "cutmix_probability" in settings else (PATCHGAN, 16)
-    phase_a, phase_b = build(), build(against(discriminator, **settings))
+    networks = plain_networks()
+    phase_a, phase_b = build(**networks), build(against(discriminator, **settings), **networks)
     start = snapshot(phase_b.adversary)
     fit(phase_a, image_folder, 2, size=size)
     fit(phase_b, image_folder, 2, size=size)
     assert_same(snapshot(phase_a.autoencoder), snapshot(phase_b.autoencoder))
     assert bool(moved(start, snapshot(phase_b.adversary))) == ("start_step" not in settings)
-    with_weight = fit(build(against(discriminator, weight=0.5)), image_folder, 2, size=size)
+    judged = build(against(discriminator, weight=0.5), **networks)
+    with_weight = fit(judged, image_folder, 2, size=size)
     assert moved(snapshot(phase_a.autoencoder), snapshot(with_weight.autoencoder))
 
 
@@ -164,7 +167,7 @@ def test_adversarial_ramp_is_in_the_loss(image_folder):
         adversarial = values.get("train/adversarial")
         seen.append(adversarial and (values["train/loss"] - pixels) / adversarial)
 
-    fit(model, image_folder, 4, callbacks=[Each(look)])
+    fit(model, image_folder, 4, log_every_n_steps=1, callbacks=[Each(look)])
     assert seen == [
         None,
         pytest.approx(0.2, rel=1e-2),
@@ -233,7 +236,8 @@ def test_rare_values_are_logged_once_at_the_next_logging_step(image_folder, tmp_
         def log_metrics(self, metrics, step=None) -> None:
             logged.append((step, "train/r1" in metrics, "train/loss" in metrics))
 
-    model = build(against(r1_weight=1.0, r1_every=4))  # R1 in steps 1, 5 and 9
+    adversary = against(r1_weight=1.0, r1_every=4)  # R1 in steps 1, 5 and 9
+    model = build(adversary, **plain_networks())
     fit(model, image_folder, 12, batch_size=2, logger=Logger(tmp_path), log_every_n_steps=2)
     assert logged == [(step, step in (2, 6, 10), True) for step in range(2, 13, 2)]
 
@@ -254,7 +258,9 @@ def test_the_gradient_ratio_is_measured_where_the_loggers_take_it(
             logged.append(step)
 
     monkeypatch.setattr(liteautoencoder, "gradient_ratio", measure)
-    model = build(against(warmup_updates=warmup), accumulate_grad_batches=accumulate)
+    model = build(
+        against(warmup_updates=warmup), accumulate_grad_batches=accumulate, **plain_networks()
+    )
     fit(
         model,
         image_folder,

@@ -179,7 +179,9 @@ def pairs(tmp_path, image_folder, target) -> Path:
 
 
 def of_pairs(pairs: Path, **model: Any) -> dict[str, Any]:
+    """A config that trains on these, two steps with validation."""
     config = student(pairs, **model)
+    config["lightning"]["trainer"] |= {"max_steps": 2, "limit_val_batches": 1.0}
     config["data"] = {
         "target": "olvae.data.shards.latent_source.PairSource",
         "params": {"folder": str(pairs), "batch_size": 4, "shuffle": 4},
@@ -330,8 +332,9 @@ def test_a_teacher_or_start_with_another_range_of_values_is_refused(train_with, 
 )
 def test_the_shipped_distil_recipes_train_their_halves(train_with, image_folder, target, name):
     """On a small teacher and small images; the half that is not trained keeps its fresh weights."""
-    sizes = [*small(image_folder, 64), "model.params.encoder_config.params.scale=S"]
-    sizes.append("model.params.decoder_config.params.channels=16")
+    encoder = "model.params.encoder_config.params"
+    sizes = [*small(image_folder, 64), f"{encoder}.scale=S", f"{encoder}.extractor_resblocks=1"]
+    sizes += [f"{encoder}.aggregate_resblocks=1", "model.params.decoder_config.params.channels=16"]
     if name == "decoder":
         adversary = "model.params.adversary_config.params"
         sizes += [

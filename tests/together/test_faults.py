@@ -17,7 +17,7 @@ from olvae.config import save
 from olvae.models.footprint import Footprint
 from olvae.runs import Run
 from olvae.training import run
-from tests.conftest import tiny_config
+from tests.conftest import plain_config
 from tests.training.origins import assert_same_checkpoint, checkpoint
 
 SAVES = (
@@ -46,7 +46,7 @@ def test_an_images_or_tensorboard_folder_that_vanishes_is_a_warning(
     train_with, tmp_path, image_folder, at_step, caplog, capfd, folder, warning
 ):
     at_step(2, lambda: remove(tmp_path / "runs", folder))
-    run = train_with(*SAVES, "lightning.trainer.max_steps=6", config=tiny_config(image_folder))
+    run = train_with(*SAVES, "lightning.trainer.max_steps=6", config=plain_config(image_folder))
     assert checkpoint(run)["global_step"] == 6
     assert caplog.text.count(warning) == 1
     assert "Traceback" not in capfd.readouterr().err
@@ -57,7 +57,7 @@ def test_a_deleted_run_ends_with_one_line_and_stays_deleted(
 ):
     at_step(1, lambda: remove(tmp_path / "runs"))
     with pytest.raises(OSError, match=r"last\.ckpt: .*is gone"):
-        train_with(*SAVES, "lightning.trainer.max_steps=9", config=tiny_config(image_folder))
+        train_with(*SAVES, "lightning.trainer.max_steps=9", config=plain_config(image_folder))
     assert not any((tmp_path / "runs").glob("*"))
     assert "could not be written" not in caplog.text  # it is what the command prints
     assert "Traceback" not in capfd.readouterr().err
@@ -76,7 +76,7 @@ def test_a_training_whose_output_nobody_reads_goes_on(
     with os.fdopen(writer, "w") as unread:
         monkeypatch.setattr(sys, "stderr", unread)
         at_step(2, lambda: os.close(reader))
-        run = train_with(*progress, config=tiny_config(image_folder))
+        run = train_with(*progress, config=plain_config(image_folder))
         assert sys.stderr is unread
     assert checkpoint(run)["global_step"] == 4
 
@@ -94,7 +94,7 @@ class Fails(Callback):
 
 def test_a_callback_that_fails_after_a_step_leaves_the_step(train_with, tmp_path, image_folder):
     """Bit for bit, with the average, whose turn comes after the callback's."""
-    config = tiny_config(image_folder, use_ema=True)
+    config = plain_config(image_folder, use_ema=True)
     config["lightning"]["trainer"]["val_check_interval"] = 4
     whole = train_with(config=config)
     fails = "lightning.callbacks.fails"
@@ -116,7 +116,7 @@ def test_a_killed_loader_process_is_one_line_with_the_command_to_continue(
 ):
     monkeypatch.delenv("OLVAE_RUN", raising=False)
     at_step(3, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
-    save(tiny_config(image_folder), tmp_path / "tiny.yaml")
+    save(plain_config(image_folder), tmp_path / "tiny.yaml")
     where = (
         "--base",
         str(tmp_path / "tiny.yaml"),
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_the_first_process_can_not_write_ends_both(
     monkeypatch.setattr(torch, "save", full_disk)
     ends = r"checkpoints/last\.ckpt: the checkpoint could not be written: .*No space left on device"
     train_two(
-        *SAVES, "lightning.trainer.max_steps=9", config=tiny_config(image_folder), raises=ends
+        *SAVES, "lightning.trainer.max_steps=9", config=plain_config(image_folder), raises=ends
     )
 
 
@@ -163,6 +163,6 @@ def test_gpu_memory_that_one_process_lacks_ends_both(train_two, image_folder, mo
         torch.cuda, "mem_get_info", lambda _: ([2**40, 2**10][int(os.environ["RANK"])], 2**40)
     )
     train_two(
-        config=tiny_config(image_folder),
+        config=plain_config(image_folder),
         raises="not even one image fits: a step with 4 images needs about",
     )

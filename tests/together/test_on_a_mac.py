@@ -10,9 +10,10 @@ import torch
 
 from olvae.app import compare, load_choice
 from olvae.checkpoint import read_checkpoint
+from olvae.config import save
 from olvae.metrics import metric
 from olvae.models.loading.targets import find_target
-from tests.conftest import parts
+from tests.conftest import parts, plain_config
 from tests.export.latents import everything
 from tests.mac import emulated_mac
 from tests.models.steps import against
@@ -94,8 +95,10 @@ def test_training_with_another_network_on_a_mac(on_both, config, target, vit, na
         ),
     ],
 )
-def test_training_of_both_players_on_a_mac(on_both, config, precision, optimizer):
+def test_training_of_both_players_on_a_mac(on_both, tmp_path, image_folder, precision, optimizer):
     """fp16 is a GPU's alone."""
+    config = tmp_path / "plain.yaml"
+    save(plain_config(image_folder), config)
     adversary = json.dumps(against(lecam_weight=0.1, r1_weight=0.1))
     folders = on_both(
         "train", "--base", config, f"model.params.adversary_config={adversary}",
@@ -124,6 +127,8 @@ def test_evaluate_on_a_mac(on_both, target, image_folder, weights_dir):
 
 def test_encode_decode_and_latents_on_a_mac(on_both, done, target, image_folder, tmp_path):
     """Whole, in strips, and what is measured of latents."""
+    for path in sorted(image_folder.rglob("*.png"))[4:]:
+        path.unlink()
     data = ("--data", image_folder)
     whole = on_both("encode", target, *data, "--size", 16, "--out")
     assert everything(whole[0]) == everything(whole[1])

@@ -13,7 +13,7 @@ import torch
 from olvae.data.places import load
 from olvae.models.updates.ddp import UNUSED
 from olvae.runs import Run
-from tests.conftest import parts, tiny_config
+from tests.conftest import parts, plain_config, tiny_config
 from tests.data.images import write_shards
 from tests.models.parts.vision import node
 from tests.models.steps import WITHOUT_KL, against
@@ -48,7 +48,7 @@ def assert_close(one: Run, two: Run, rounded: tuple[str, ...] = ()) -> None:
 
 def test_two_processes_train_as_one(train_with, train_two, monkeypatch):
     # Narrow, because these are three trainings; the demo needs 64 pixels for its discriminator.
-    monkeypatch.setattr("olvae.models.linear_code.CROPS", (256, 256))
+    monkeypatch.setattr("olvae.models.linear_code.CROPS", (64, 64))
     two_steps = (
         "model.params.encoder_config.params.aggregate_channels=16",
         "model.params.adversary_config.params.discriminator_config.params.base_channels=2",
@@ -285,19 +285,20 @@ def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(
         params = {"shards": str(tmp_path / "shards")}
         data = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": params}
     # a discriminator, whose buffers all processes share
-    config = tiny_config(adversary_config=against())
+    config = plain_config(adversary_config=against())
     config["data"] = {**data, "params": {**data["params"], "size": 16, "batch_size": 4}}
-    run = train_two(*SMALL, f"lightning.trainer.strategy={strategy}", config=config)
-    assert checkpoint(run)["global_step"] == 5
+    two_steps = ("lightning.trainer.max_steps=2", "lightning.trainer.val_check_interval=2")
+    run = train_two(*two_steps, f"lightning.trainer.strategy={strategy}", config=config)
+    assert checkpoint(run)["global_step"] == 2
     best = json.loads((run.checkpoints / "best.json").read_text())
-    assert (best["metric"], best["step"]) == ("val/psnr", 5)
+    assert (best["metric"], best["step"]) == ("val/psnr", 2)
 
 
 def test_too_many_unreadable_images_stop_all_processes_with_a_checkpoint(
     train_two, tmp_path, image_folder
 ):
     (image_folder / "class2" / "empty.png").touch()  # which is for training, by its hash
-    config = tiny_config(image_folder)
+    config = plain_config(image_folder)
     config["data"]["params"]["batch_size"] = 1
     stopped = {"raises": r"1 of 13 images can't be read, .*empty\.png \(the file is empty\)"}
     train_two("lightning.trainer.max_steps=40", config=config, **stopped)

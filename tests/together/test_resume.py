@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from olvae.data.places import load
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training import run as training
-from tests.conftest import tiny_config
+from tests.conftest import plain_config, trained_in
 from tests.soak.killed import killed_before
 from tests.training.events import scalars
 from tests.training.origins import assert_same_checkpoint, checkpoint
@@ -43,12 +43,17 @@ def olvae_train(capfd, monkeypatch, tmp_path, quick_training) -> Callable[..., t
     return run
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, quick_training) -> Iterator[Path]:
+    """A run of two steps; not to be changed."""
+    with trained_in(tmp_path_factory.mktemp("begun"), plain_config) as run:
+        yield run
+
+
 @pytest.fixture
-def run(trained, tmp_path) -> Run:
-    """A copy of the session's run of two steps, with the optimizer's state in its checkpoint."""
-    copied = shutil.copytree(trained, tmp_path / "runs" / trained.name)
-    shutil.copyfile(copied / "checkpoints" / "best.ckpt", copied / "checkpoints" / "last.ckpt")
-    return Run(copied)
+def run(begun, tmp_path) -> Run:
+    """A copy of the run of two steps."""
+    return Run(shutil.copytree(begun, tmp_path / "runs" / begun.name))
 
 
 def steps(run: Run) -> int:
@@ -70,7 +75,9 @@ def test_the_last_run_is_the_newest_whatever_the_time_zone(
     """A resumed run writes its config anew, and is no newer by that; so one of an older version."""
     shutil.rmtree(run.path)
     cfg = tmp_path / "cfg.yaml"
-    save(tiny_config(image_folder), cfg)
+    config = plain_config(image_folder)
+    config["lightning"]["trainer"]["limit_val_batches"] = 0
+    save(config, cfg)
     runs = []
     with monkeypatch.context() as patch:
         for zone, name in (("Asia/Tokyo", "older"), ("UTC", "newer")):
@@ -96,12 +103,12 @@ def test_the_last_run_is_the_newest_whatever_the_time_zone(
 
 def test_a_run_without_its_last_checkpoint_continues_from_the_best(train_with, image_folder, capfd):
     """As after a full disk, bit for bit."""
-    config = tiny_config(image_folder)
-    whole = train_with(config=config)
+    config = plain_config(image_folder)
+    whole = train_with("lightning.trainer.max_steps=3", config=config)
     begun = train_with("lightning.trainer.max_steps=2", config=config)
     begun.last_checkpoint.unlink()
     capfd.readouterr()
-    train_with("lightning.trainer.max_steps=4", resume=begun.path)
+    train_with("lightning.trainer.max_steps=3", resume=begun.path)
     line = f"{begun.last_checkpoint}: is missing: continuing from best.ckpt, at step 2\n"
     assert line in capfd.readouterr().err
     assert_same_checkpoint(begun, whole)
@@ -172,7 +179,7 @@ def test_every_file_of_a_run_is_written_whole(olvae_train, tmp_path, image_folde
     monkeypatch.setattr(Path, "replace", move)
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setenv("TMPDIR", "/nowhere")
-    save(tiny_config(image_folder), tmp_path / "tiny.yaml")
+    save(plain_config(image_folder), tmp_path / "tiny.yaml")
     code, err = olvae_train("--base", tmp_path / "tiny.yaml", "lightning.trainer.max_steps=1")
     assert code == 0, err
     (path,) = (tmp_path / "runs").iterdir()
@@ -198,7 +205,7 @@ def test_a_kill_in_a_validation_does_not_leave_that_validation_out(
 ):
     """Its step is saved after it: validation, picture,
     best weights and curves are those of a run nobody killed."""
-    config = tiny_config(image_folder, use_ema=True, ema_decay=0.5)
+    config = plain_config(image_folder, use_ema=True, ema_decay=0.5)
     config["lightning"]["trainer"]["val_check_interval"] = 3  # and the last step is 4
     config["lightning"]["callbacks"] = {"keep": KEEP}
     save(config, tmp_path / "tiny.yaml")
@@ -235,11 +242,20 @@ def test_a_kill_in_a_validation_does_not_leave_that_validation_out(
 
 def test_a_run_has_one_training_at_a_time(olvae_train, tmp_path, image_folder, monkeypatch):
     """A --resume beside it is refused; after a kill the next one has the run, until Ctrl-C."""
-    save(tiny_config(image_folder), tmp_path / "tiny.yaml")
+    step = LiteAutoencoderKL.training_step
+
+    def wait_after_two(self, batch, batch_idx):
+        if self.global_step == 2:
+            time.sleep(60)
+        return step(self, batch, batch_idx)
+
+    save(plain_config(image_folder), tmp_path / "tiny.yaml")
     often = f"lightning.callbacks.keep={json.dumps(KEEP)}"
     arguments = ("--base", tmp_path / "tiny.yaml", "lightning.trainer.max_steps=100000", often)
     first = multiprocessing.get_context("fork").Process(target=olvae_train, args=arguments)
-    first.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(LiteAutoencoderKL, "training_step", wait_after_two)
+        first.start()
     try:
         deadline = time.monotonic() + 60
         while (
@@ -259,8 +275,6 @@ def test_a_run_has_one_training_at_a_time(olvae_train, tmp_path, image_folder, m
         f"error: {run.path}: is being trained by process {first.pid} on {socket.gethostname()}, "
         "since"
     )
-
-    step = LiteAutoencoderKL.training_step
 
     def interrupt(self, batch, batch_idx):
         assert f"process {os.getpid()} on" in run.lock.read_text()
@@ -329,22 +343,22 @@ def test_resume_takes_another_schedule_from_the_first_step_on(olvae_train, run):
 
 def test_a_cosine_that_ends_later_is_told(olvae_train, tmp_path, image_folder):
     """More steps raise the rate; with the same end there is nothing to tell."""
-    config = tiny_config(image_folder, scheduler="cosine", min_lr_factor=0.1)
-    config["lightning"]["trainer"] |= {"log_every_n_steps": 1}
+    config = plain_config(image_folder, scheduler="cosine", min_lr_factor=0.1)
+    config["lightning"]["trainer"] |= {"max_steps": 2, "limit_val_batches": 0}
     save(config, tmp_path / "c.yaml")
     code, err = olvae_train("--base", tmp_path / "c.yaml")
     assert code == 0, err
     assert "the learning rate is" not in err
     (run,) = map(Run, (tmp_path / "runs").iterdir())
-    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=8")
+    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=4")
     assert code == 0, err
     (line,) = [line for line in err.splitlines() if "the learning rate is" in line]
     assert line == (
         "warning: the learning rate is 0.00055 from this step on, and would have been 0.0001: its "
-        "cosine ends at step 8 instead of 4; model.params.decay_steps=4 leaves it as it was"
+        "cosine ends at step 4 instead of 2; model.params.decay_steps=2 leaves it as it was"
     )
-    assert scalars(run.path)["train/lr"][5] == pytest.approx(0.00055)
-    same = ("model.params.decay_steps=8", "lightning.trainer.max_steps=9")
+    assert scalars(run.path)["train/lr"][3] == pytest.approx(0.00055)
+    same = ("model.params.decay_steps=4", "lightning.trainer.max_steps=5")
     code, err = olvae_train("--resume", run.path, *same)
     assert code == 0, err
     assert "the learning rate is" not in err
@@ -355,6 +369,7 @@ def test_resume_may_change_the_configs_precision(olvae_train, run):
         settings = (
             f"lightning.trainer.max_steps={steps}",
             f"lightning.trainer.precision={precision}",
+            "lightning.trainer.limit_val_batches=0",
         )
         code, err = olvae_train(
             "--resume", run.path, *settings, *(["--precision", "32"] if steps == 4 else ())
@@ -458,8 +473,9 @@ def test_resume_that_fails_before_the_first_step_leaves_the_run_as_it_was(
 def started_here(olvae_train, tmp_path, image_folder, monkeypatch) -> Run:
     """A run of two steps whose data were given as ``photos``, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    save(tiny_config(image_folder.name), tmp_path / "tiny.yaml")
-    code, err = olvae_train("--base", "tiny.yaml", "lightning.trainer.max_steps=2")
+    save(plain_config(image_folder.name), tmp_path / "tiny.yaml")
+    quick = ("lightning.trainer.max_steps=2", "lightning.trainer.limit_val_batches=0")
+    code, err = olvae_train("--base", "tiny.yaml", *quick)
     assert code == 0, err
     (path,) = (tmp_path / "runs").iterdir()
     return Run(path)

@@ -9,7 +9,7 @@ import torch
 
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
-from tests.conftest import tiny_config
+from tests.conftest import plain_config
 from tests.data.images import write_shards
 
 COUNTS = (13, 9, 16, 10)  # 48 images
@@ -39,7 +39,7 @@ def config(tmp_path: Path, images: Path, **params: Any) -> dict[str, Any]:
     """Six batches of four, by two loader processes, are half of an epoch."""
     write_shards(tmp_path / "shards", COUNTS)
     write_shards(tmp_path / "val", (4,))
-    found = tiny_config(images)
+    found = plain_config(images)
     found["lightning"]["trainer"]["limit_val_batches"] = 0
     found["data"] = {
         "target": "olvae.data.shards.webdataset.WebDatasetSource",

@@ -10,7 +10,7 @@ from olvae.models.updates.optimizers import lr_factor
 from olvae.runs import Run
 from olvae.training.callbacks import GracefulStop
 from olvae.training.run import TrainingStopped
-from tests.conftest import tiny_config
+from tests.conftest import plain_config
 from tests.models.steps import Each, against, build, fit
 from tests.training.events import scalars
 from tests.training.origins import checkpoint, phase_b
@@ -24,7 +24,7 @@ def go(train_with, image_folder):
         return train_with(
             f"lightning.trainer.max_steps={steps}",
             *overrides,
-            config=phase_b(image_folder),
+            config=phase_b(image_folder, plain_config),
             **options,
         )
 
@@ -99,7 +99,7 @@ def test_a_second_signal_names_the_run_if_it_can_be_continued(
     at_step(3, sys.exit)  # Lightning's answer to an interrupt
     with pytest.raises(KeyboardInterrupt) as stopped:
         train_with(
-            "lightning.trainer.val_check_interval=9", *settings, config=tiny_config(image_folder)
+            "lightning.trainer.val_check_interval=9", *settings, config=plain_config(image_folder)
         )
     assert isinstance(stopped.value, TrainingStopped) == saves
     assert (tmp_path / "runs").exists() == saves
@@ -125,7 +125,7 @@ def test_both_players_take_another_schedule_when_resumed(go, monkeypatch):
 def test_the_time_limit_stops_as_a_signal_does(train_with, tmp_path, image_folder, capfd):
     with pytest.raises(TrainingStopped) as caught:
         train_with(
-            "lightning.trainer.max_steps=100000", config=tiny_config(image_folder), time_limit="1s"
+            "lightning.trainer.max_steps=100000", config=plain_config(image_folder), time_limit="1s"
         )
     assert caught.value.preempted
     (path,) = (tmp_path / "runs").iterdir()

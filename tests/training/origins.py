@@ -1,6 +1,6 @@
 """Share configs and comparisons of checkpoints between the tests of training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olvae.runs import Run
-from tests.conftest import parts, tiny_config
+from tests.conftest import parts, plain_networks, tiny_config
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.steps import WITHOUT_KL, against
 
@@ -17,15 +17,16 @@ NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant", "initi
 
 
 def without_networks(root: Path, **model: Any) -> dict[str, Any]:
-    """A config that trains what ``--from`` finds."""
+    """A config that trains what ``--from`` finds, two steps without validation."""
     config = tiny_config(root, lossconfig=WITHOUT_KL, **model)
     params = config["model"]["params"]
     config["model"]["params"] = {key: value for key, value in params.items() if key not in NETWORKS}
     config["data"]["params"]["val_fraction"] = 0.4
+    config["lightning"]["trainer"] |= {"max_steps": 2, "limit_val_batches": 0}
     return config
 
 
-def phase_b(root: Path) -> dict[str, Any]:
+def phase_b(root: Path, make_config: Callable[..., dict[str, Any]] = tiny_config) -> dict[str, Any]:
     """A config of phase B with everything on that has a state."""
     r1_and_lecam = {"r1_weight": 1.0, "r1_every": 3, "lecam_weight": 0.1}
     times = {"start_step": 1, "ramp_steps": 3, "warmup_updates": 2, "updates_per_step": 2}
@@ -38,7 +39,7 @@ def phase_b(root: Path) -> dict[str, Any]:
         "decay_steps": 7,
     }
     model["parts"] = parts(anchor={"weight": 0.1}, equivariance={"probability": 0.3})
-    config = tiny_config(root, adversary_config=adversary, **model)
+    config = make_config(root, adversary_config=adversary, **model)
     config["lightning"]["trainer"]["accumulate_grad_batches"] = 2
     return config
 
@@ -66,8 +67,11 @@ def save_teacher(folder: Path) -> str:
 
 
 def student(root: Path, **model: Any) -> dict[str, Any]:
+    """A config of a student with a plain encoder, one step without validation."""
     config = tiny_config(root, lossconfig=WITHOUT_KL, initial_logvar=-4.0, **model)
+    config["model"]["params"]["encoder_config"] = plain_networks()["encoder_config"]
     config["data"]["params"]["val_fraction"] = 0.4
+    config["lightning"]["trainer"] |= {"max_steps": 1, "limit_val_batches": 0}
     return config
 
 

@@ -12,7 +12,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.updates.ddp import PlayersStrategy
 from olvae.models.updates.nonfinite import BadStep
 from olvae.training.callbacks import BadSteps
-from tests.conftest import tiny_config
+from tests.conftest import plain_config
 from tests.forks import fork_each
 from tests.models.steps import against, build, trainer
 from tests.models.test_liteautoencoder_updates import Scaled
@@ -52,7 +52,7 @@ def spoil(monkeypatch):
 
 @pytest.fixture
 def config(image_folder) -> dict:
-    return tiny_config(image_folder, adversary_config=against(), use_ema=True)
+    return plain_config(image_folder, adversary_config=against(), use_ema=True)
 
 
 def test_bad_steps_are_printed_counted_and_noted(train_with, config, spoil, capfd):

@@ -9,7 +9,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from olvae.training.callbacks import UNTRACED, StepTrace, count_kernels
-from tests.conftest import tiny_config
+from tests.conftest import plain_config
 
 
 def test_profile_traces_steps(train_with, image_folder, capfd):
@@ -19,7 +19,7 @@ def test_profile_traces_steps(train_with, image_folder, capfd):
         "model.params.encoder_config.params.extractor_resblocks=0",
         "model.params.encoder_config.params.aggregate_resblocks=0",
         f"lightning.trainer.max_steps={UNTRACED + 3}",
-        config=tiny_config(image_folder),
+        config=plain_config(image_folder),
         profile=2,
     )
     events = json.loads((run.path / "trace.json").read_text())["traceEvents"]
@@ -34,7 +34,7 @@ def test_too_few_steps_for_a_trace_are_a_warning(train_with, image_folder, capfd
         "lightning.trainer.accumulate_grad_batches=2",
         f"lightning.trainer.max_steps={UNTRACED + 1}",
     )
-    train_with(*settings, config=tiny_config(image_folder), profile=2)
+    train_with(*settings, config=plain_config(image_folder), profile=2)
     assert f"{UNTRACED + 2} steps" in capfd.readouterr().err
 
 
@@ -50,7 +50,7 @@ def test_no_trace_is_open_after_training(train_with, at_step, image_folder, erro
     at_step(UNTRACED, interrupt)
     steps = f"lightning.trainer.max_steps={UNTRACED + 1}"
     with suppress(KeyboardInterrupt, SystemExit):
-        train_with(steps, config=tiny_config(image_folder), profile=9)
+        train_with(steps, config=plain_config(image_folder), profile=9)
     assert not torch.autograd._profiler_enabled()
 
 

@@ -17,7 +17,7 @@ from olvae.data.places import load
 from olvae.runs import Run
 from olvae.training import loggers
 from olvae.training.loggers import make_loggers, read_curves
-from tests.conftest import tiny_config
+from tests.conftest import plain_config
 from tests.training.events import scalars
 
 CSV = "lightning.logger.csv.target=lightning.pytorch.loggers.CSVLogger"
@@ -47,7 +47,9 @@ def scalars_of_csv(run) -> dict[tuple[str, int], float]:
 
 
 def test_the_csv_logger_has_tensorboards_scalars_also_after_a_resume(train_with, image_folder):
-    run = train_with("lightning.trainer.max_steps=2", CSV, *STEPS, config=tiny_config(image_folder))
+    run = train_with(
+        "lightning.trainer.max_steps=2", CSV, *STEPS, config=plain_config(image_folder)
+    )
     first = scalars_of_csv(run)
     assert {step for _, step in first} == {1, 2}
     train_with("lightning.trainer.max_steps=4", resume=run.path)
@@ -87,7 +89,7 @@ def wandb(monkeypatch) -> Iterator[ModuleType]:
 def test_wandb_offline_has_the_project_and_pictures_of_a_resumed_run(
     train_with, image_folder, wandb
 ):
-    options = {"config": tiny_config(image_folder), "wandb": "faces"}
+    options = {"config": plain_config(image_folder), "wandb": "faces"}
     run = train_with("lightning.trainer.max_steps=2", *STEPS, **options)
     assert wandb.run.project == "faces"
     hyperparameters = wandb.run.config.as_dict()

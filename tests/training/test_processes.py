@@ -31,7 +31,7 @@ from olvae.training.processes import (
 from olvae.training.run import TrainingStopped, train
 from olvae.training.settings import TrainOptions
 from olvae.training.summary import _warnings
-from tests.conftest import tiny_config
+from tests.conftest import plain_config
 from tests.data.images import write_shards
 from tests.forks import fork_each, free_port
 from tests.training.conftest import srun, torchrun
@@ -136,7 +136,7 @@ def test_processes_meet_through_the_backends_of_their_devices(under, monkeypatch
 
 def test_no_number_of_workers_may_fit(monkeypatch):
     """Too few images for the processes: training says so."""
-    node = tiny_config("nowhere")["data"]
+    node = plain_config("nowhere")["data"]
     tried = []
 
     class Few(SimpleNamespace):
@@ -170,7 +170,7 @@ def test_choose_workers_shares_a_machines_cores_among_its_ranks(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     # as it is where no fixture trains
     monkeypatch.setattr("olvae.training.processes.MOST_WORKERS", 8)
-    node = tiny_config(image_folder)["data"]
+    node = plain_config(image_folder)["data"]
     source = instantiate(node)
     choose_workers(source, node, processes, nodes)
     assert (source.num_workers, node["params"]["num_workers"]) == (workers, workers)
@@ -182,7 +182,7 @@ def test_choose_workers_shares_a_machines_cores_among_its_ranks(
     node["params"]["num_workers"] = 5
     choose_workers(source, node, processes, nodes)
     assert (source.num_workers, node["params"]["num_workers"]) == (workers, 5)
-    node = tiny_config()["data"]
+    node = plain_config()["data"]
     choose_workers(instantiate(node), node, processes, nodes)
     assert "num_workers" not in node["params"]
 
@@ -240,7 +240,7 @@ def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):
 
     tests.together.test_ranks has torchrun's.
     """
-    save(tiny_config(image_folder, use_ema=True), tmp_path / "tiny.yaml")
+    save(plain_config(image_folder, use_ema=True), tmp_path / "tiny.yaml")
     overrides = (
         "lightning.trainer.num_nodes=2",
         "lightning.trainer.max_steps=2",
@@ -275,7 +275,7 @@ def test_processes_that_torchrun_starts_again_continue_their_run(
     """With --max-restarts, and a rdzv_id of their own,
     as torchrun makes one on a single machine."""
     under({**torchrun(), "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": str(free_port())})
-    train = partial(train_with, config=tiny_config(image_folder))
+    train = partial(train_with, config=plain_config(image_folder))
     begun, other = (train().path for _ in range(2))
     assert load([other / "config.yaml"])["run"]["job"] == "torchrun a"
     under({"TORCHELASTIC_RESTART_COUNT": "1"})

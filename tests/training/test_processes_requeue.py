@@ -9,7 +9,7 @@ import pytest
 from olvae.runs import Run
 from olvae.training.processes import requeue
 from olvae.training.run import TrainingStopped
-from tests.conftest import tiny_config
+from tests.conftest import plain_config
 from tests.forks import fork_each
 from tests.training.conftest import torchrun
 from tests.training.origins import assert_same_checkpoint, checkpoint
@@ -32,7 +32,7 @@ def test_a_requeued_slurm_job_continues_its_run(
     train_with, image_folder, tmp_path, job, monkeypatch, at_step
 ):
     """SIGUSR1 is what `#SBATCH --signal=USR1@300` sends before the time is up."""
-    command = partial(train_with, config=tiny_config(image_folder))
+    command = partial(train_with, config=plain_config(image_folder))
     whole = command()
     at_step(1, partial(signal.raise_signal, signal.SIGUSR1))
     with pytest.raises(TrainingStopped):
@@ -63,7 +63,7 @@ def test_sigusr1_to_any_process_requeues_the_slurm_job(
             train_with(
                 "lightning.trainer.max_steps=99",
                 *devices,
-                config=tiny_config(image_folder),
+                config=plain_config(image_folder),
                 name="two",
             )
 
@@ -76,7 +76,7 @@ def test_sigterm_requeues_nothing_and_a_slurm_array_has_its_own_names(
 ):
     at_step(0, partial(signal.raise_signal, signal.SIGTERM))
     with pytest.raises(TrainingStopped):
-        train_with(config=tiny_config(image_folder))
+        train_with(config=plain_config(image_folder))
     assert not job.exists()
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "20")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")

@@ -21,7 +21,7 @@ from olvae.training.run import (
     strategy_of,
     validation_limit,
 )
-from tests.conftest import tiny_config
+from tests.conftest import plain_config
 
 
 class Images:
@@ -249,23 +249,23 @@ def test_the_images_of_validation_are_named(capsys, limit, resumed, name, said):
 
 def test_a_model_takes_over_what_lightning_would_do():
     """Its own settings stay where the trainer has none."""
-    config = tiny_config()
+    config = plain_config()
     config["model"]["base_learning_rate"] = 3e-3
     args = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "max_steps": 2}
     model = build_model(config, args)
     assert args == {"max_steps": 2}
     assert (model.accumulate_grad_batches, model.gradient_clip_val) == (3, 0.5)
     assert model.learning_rate == 3e-3
-    plain = build_model(tiny_config(), {"gradient_clip_algorithm": "norm"})
+    plain = build_model(plain_config(), {"gradient_clip_algorithm": "norm"})
     assert plain.accumulate_grad_batches == 1
     with pytest.raises(ConfigError, match="gradient_clip_algorithm"):
         build_model(config, {"gradient_clip_algorithm": "value"})
     with pytest.raises(ConfigError, match=r"Identity .*LiteAutoencoderKL"):
         build_model({"model": {"target": "torch.nn.Identity"}}, {})
     with pytest.raises(ConfigError, match="betas"):
-        build_model(tiny_config(betas=[0.9, 3.0]), {})
+        build_model(plain_config(betas=[0.9, 3.0]), {})
     with pytest.raises(ConfigError, match="inference only"):
-        build_model(tiny_config(lossconfig={"target": "torch.nn.Identity"}), {})
+        build_model(plain_config(lossconfig={"target": "torch.nn.Identity"}), {})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from olvae.config import ConfigError
 from olvae.data.picture_folder import FolderSource
 from olvae.runs import Run
 from olvae.training.run import validation_limit
-from tests.conftest import tiny_config
+from tests.conftest import plain_config
 from tests.models.test_linear_code import linear_config
 from tests.training.origins import checkpoint
 
@@ -26,7 +26,7 @@ def perfect(train_with, image_folder, tmp_path) -> Run:
     held_out.mkdir()
     for path in sorted(image_folder.rglob("*.png"))[:4]:
         path.rename(held_out / path.name)
-    config = tiny_config(image_folder)
+    config = plain_config(image_folder)
     config["data"]["params"] |= {"val_root": str(held_out), "batch_size": 1}
     run = train_with(config=config)
     note = run.checkpoints / "best.json"

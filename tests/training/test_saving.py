@@ -16,7 +16,7 @@ from olvae.runs import Run
 from olvae.training import saving
 from olvae.training.callbacks import UnreadableLimit
 from olvae.training.saving import BackgroundCheckpointIO, CheckpointError, KeepCheckpoints
-from tests.conftest import tiny_config
+from tests.conftest import plain_config
 from tests.models.steps import against, build
 
 SAVE = torch.save
@@ -169,7 +169,7 @@ def test_a_run_that_could_not_save_does_not_claim_success(
         OSError,
         match=r"checkpoints/last\.ckpt: .*No space",
     ):
-        train_with(*EVERY_TWO, config=tiny_config(image_folder))
+        train_with(*EVERY_TWO, config=plain_config(image_folder))
     assert "done after" not in capfd.readouterr().err
     (run,) = (tmp_path / "runs").iterdir()
     assert load(run / "checkpoints" / "last.ckpt")["global_step"] == 2
@@ -185,7 +185,7 @@ def test_a_callback_that_stops_after_a_validation_loses_nothing(train_with, imag
         "lightning.trainer.max_steps=9",
         "lightning.trainer.val_check_interval=2",
         *settings,
-        config=tiny_config(image_folder, use_ema=True),
+        config=plain_config(image_folder, use_ema=True),
     )
     saved = load(run.last_checkpoint)
     assert saved["global_step"] == saved["averaging_state"]["n_averaged"] == 4
@@ -203,7 +203,7 @@ class ValidatesNever(Callback):
 def test_the_end_of_a_training_saves_where_no_validation_comes(train_with, image_folder):
     run = train_with(
         f"lightning.callbacks.never.target={__name__}.ValidatesNever",
-        config=tiny_config(image_folder, use_ema=True),
+        config=plain_config(image_folder, use_ema=True),
     )
     saved = load(run.last_checkpoint)
     assert saved["global_step"] == saved["averaging_state"]["n_averaged"] == 4
@@ -226,7 +226,7 @@ def test_an_error_within_an_update_keeps_the_last_whole_checkpoint(
         train_with(
             *EVERY_TWO,
             "lightning.trainer.accumulate_grad_batches=2",
-            config=tiny_config(image_folder),
+            config=plain_config(image_folder),
         )
     (run,) = (tmp_path / "runs").iterdir()
     assert load(run / "checkpoints" / "last.ckpt")["global_step"] == 2

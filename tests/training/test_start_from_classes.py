@@ -118,7 +118,7 @@ def test_a_tiny_student_is_exported_as_autoencoder_tiny(train_with, tmp_path, im
             "params": {"channels": 8, "blocks": [1, 1, 1]},
         },
     }
-    run = train_with(config=config)
+    run = train_with("lightning.trainer.max_steps=2", config=config)
     back = diffusers.AutoencoderTiny.from_pretrained(
         exported(run, tmp_path / "vae"), low_cpu_mem_usage=False
     )
@@ -184,7 +184,7 @@ def test_a_student_of_taef2s_architecture_learns_from_its_files(train_with, tmp_
         lossconfig=WITHOUT_KL,
         parts=parts(teacher={"autoencoder": str(tmp_path), "logvar_weight": 0.0}),
     )
-    run = train_with(config=config)
+    run = train_with("lightning.trainer.max_steps=1", config=config)
     export_target(find_target(run.path), tmp_path / "student", ExportSettings(format="taesd"))
     assert find_target(tmp_path / "student").load().latent_channels == 32
 

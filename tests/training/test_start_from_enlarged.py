@@ -18,7 +18,7 @@ from olvae.models.loading.targets import find_target
 from olvae.models.parts.part import Step
 from olvae.modules.base import Decoder
 from olvae.training.start_from import enlarged_as
-from tests.conftest import parts, tiny_config
+from tests.conftest import parts, plain_networks, tiny_config
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.classes import make
 from tests.models.steps import WITHOUT_KL, build, fit
@@ -38,10 +38,12 @@ def nearest(image: Tensor) -> Tensor:
 
 
 def enlarging(**model) -> dict:
-    """The tiny config, with a decoder at 2x."""
+    """Arguments of the tiny config: a decoder at 2x behind a plain encoder."""
+    encoder = plain_networks()["encoder_config"]
     decoder = copy.deepcopy(tiny_config()["model"]["params"]["decoder_config"])
     decoder["params"]["enlarge"] = 2
-    return {"decoder_config": decoder, "lossconfig": WITHOUT_KL, **model}
+    networks = {"encoder_config": encoder, "decoder_config": decoder}
+    return {**networks, "lossconfig": WITHOUT_KL, **model}
 
 
 @pytest.fixture
@@ -144,7 +146,7 @@ def test_a_student_at_2x_of_a_teacher_at_1x(train_with, tmp_path, image_folder):
     teacher = {"autoencoder": save_teacher(tmp_path / "teacher"), "decoder_weight": 0.1}
     config = tiny_config(image_folder, **enlarging(parts=parts(teacher=teacher)))
     config["data"]["params"] |= {"size": 32, "val_fraction": 0.4}
-    run = train_with(config=config)
+    run = train_with("lightning.trainer.max_steps=2", config=config)
     assert find_target(run.path).load().enlarge == 2
     config["model"]["params"] |= {"freeze_decoder": True}
     with pytest.raises(ConfigError, match=r"enlarge: .*frozen"):

@@ -21,7 +21,7 @@ from olvae.training.starting_weights import (
     load_resumed,
     untrained_half,
 )
-from tests.conftest import tiny, tiny_config
+from tests.conftest import plain_config, tiny, tiny_config
 from tests.models.parts.vision import node
 from tests.models.steps import WITHOUT_KL, against
 
@@ -65,10 +65,11 @@ def test_a_resumed_run_keeps_the_weights_of_its_frozen_vision_encoder(
         "params": {"encoder": "test_vit", "weights": str(weights), "image_size": 64, "heads": 1},
     }
     if place == "adversary_config":
-        config = tiny_config(image_folder, adversary_config=against(judge))
+        config = plain_config(image_folder, adversary_config=against(judge))
     else:
-        config = tiny_config(image_folder, parts={"alignment": alignment})
-    run = train_with("lightning.trainer.max_steps=1", config=config)
+        config = plain_config(image_folder, parts={"alignment": alignment})
+    quick = ("lightning.trainer.max_steps=1", "lightning.trainer.limit_val_batches=0")
+    run = train_with(*quick, config=config)
     train_with("lightning.trainer.max_steps=2", resume=run.path)
 
     tensors = torch.load(weights)

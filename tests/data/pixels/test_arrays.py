@@ -409,6 +409,7 @@ def test_a_missing_library_is_named(monkeypatch):
         read_array(EXACT["colour.png"][0])
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("name", [*EXACT, "half.exr"])
 def test_a_pack_keeps_the_bytes_of_deep_arrays(name, root, tmp_path):
     """And shards are trained on with the values of the file."""

@@ -127,6 +127,7 @@ def test_masks_keep_their_values():
     assert read(content, 1).tolist() != wanted.tolist()
 
 
+@pytest.mark.usefixtures("one_process")
 def test_packs_and_their_images_are_in_srgb_and_the_check_counts(tmp_path):
     (tmp_path / "photos").mkdir()
     shutil.copy(PICTURES / "rocket.jpg", tmp_path / "photos")
@@ -153,6 +154,7 @@ def test_packs_and_their_images_are_in_srgb_and_the_check_counts(tmp_path):
         assert difference.abs().max() <= (1 if folder == "small" else 0)
 
 
+@pytest.mark.usefixtures("one_process")
 def test_packed_masks_keep_their_values_whatever_their_format(tmp_path):
     """A file that becomes a PNG keeps its pixels and its profile, so shards are like the folder."""
     (tmp_path / "masks").mkdir()

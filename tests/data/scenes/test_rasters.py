@@ -122,6 +122,7 @@ def test_a_scene_is_opened_again_in_another_process(tmp_path):
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.usefixtures("one_process")
 def test_ten_broken_files_have_a_line_each(tmp_path):
     """And the good one beside them is read."""
     good = geotiff(tmp_path / "good.tif", GROUND, compress="deflate").read_bytes()

@@ -15,6 +15,8 @@ from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from tests.data.images import encoded, write_shards, write_tar
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 COUNTS = (5, 9, 1, 4)
 
 
@@ -22,6 +24,7 @@ def keys(shard: Shard, begin: int = 0) -> list[str]:
     return [entry.key for entry in read_shard(shard, None, begin)]
 
 
+@pytest.mark.usefixtures("processes")
 def test_an_index_counts_images_and_finds_where_each_begins(tmp_path):
     write_shards(tmp_path, COUNTS)
     place, index, damaged = index_shards(str(tmp_path), workers=2)
@@ -126,11 +129,11 @@ def test_sorted_shards_are_described_by_their_index_and_by_a_check(tmp_path):
     result = audit_source(str(tmp_path), 16)
     assert result.as_dict()["shards"][0]["classes"] == 1
     assert not [note for note in result.notes if "sorted by class" in note]
-    for number in range(40, 400):
+    for number in range(40, 100):
         files = [("0.jpg", encoded(1)), ("0.cls", str(number).encode())]
         write_tar(tmp_path / f"{number:03d}.tar", files)
     (note,) = [n for n in audit_source(str(tmp_path), 16).notes if "sorted by class" in n]
-    assert "1.0 of 400" in note
+    assert "1.0 of 100" in note
 
 
 def test_a_shard_that_can_not_be_fetched_is_not_one_without_images(tmp_path):

@@ -6,6 +6,7 @@ The teacher is pointwise, so encoding a crop gives the crop of the latent.
 import io
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def source(folder: Path, **arguments) -> PairSource:
     return PairSource(str(folder), **{"batch_size": 4, "size": 16, "shuffle": 5, **arguments})
 
 
+@cache
 def original(key: str) -> Tensor:
     """The pixels that were encoded."""
     number = int(key.split("/")[1])

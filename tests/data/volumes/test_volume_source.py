@@ -216,6 +216,7 @@ def break_files(root: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.usefixtures("one_process")
 def test_a_check_of_broken_files_has_a_line_for_each(tmp_path, monkeypatch):
     reasons = break_files(tmp_path)
     monkeypatch.setattr(audit, "PRINTED_NAMES", 20)
@@ -231,6 +232,7 @@ def test_a_check_of_broken_files_has_a_line_for_each(tmp_path, monkeypatch):
     assert "more than `max_unreadable`" in result.problems[-1]
 
 
+@pytest.mark.usefixtures("one_process")
 def test_a_check_finds_a_volume_in_both_folders_and_takes_no_empty_slice_for_a_copy(tmp_path):
     for number, name in enumerate(("train/a", "train/b", "val/c", "val/d")):
         nifti(tmp_path / f"{name}.nii.gz", hounsfield(number))
