@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         arguments = repeat_flags([argument for argument in given if argument != "--debug"])
         _check_inputs(arguments)
-        command = _olvae()
+        command = make_command()
         name_flags(command, arguments)
         _check_quotes(arguments)
         code = command(args=arguments, prog_name="olvae", standalone_mode=False)
@@ -141,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @cache
-def _olvae() -> Any:
-    """Make the command of all commands, once in a process."""
+def make_command() -> Any:
+    """Make what typer runs, with examples that can be copied; once in a process."""
     command = typer.main.get_command(app)
     _keep_examples(command)
     return command
