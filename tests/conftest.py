@@ -46,15 +46,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs POSIX"))
 
 
-# For devices that are not there, torch.manual_seed formats the stack of its caller.
-seed = (
-    torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
-)
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    seed(0)
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:
+        # torch would keep a stack for each kind of device, in case it is used later.
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +78,10 @@ def _lasting() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def usual_probe() -> Iterator[int]:
     """Measure reading speeds for a moment, diffusers' autoencoders on images smaller than a
-    user's, of this side.
+    user's, of this side; trainers look for no other package's callbacks.
     """
+    from lightning.pytorch.trainer.connectors import callback_connector
+
     from olvae.data import audit
     from olvae.models.loading import from_diffusers
 
@@ -89,6 +89,7 @@ def usual_probe() -> Iterator[int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audit, "MEASURE_S", 0.01)
         patch.setattr(from_diffusers, "PROBE", 32)
+        patch.setattr(callback_connector, "_load_external_callbacks", lambda _: [])
         yield usual
 
 
@@ -110,14 +111,12 @@ def network_rows() -> list[Any]:
 @pytest.fixture(scope="session")
 def quick_training() -> Iterator[None]:
     """Trainings here plot no curves, count no MACs, fork no loaders, fit to few crops, measure
-    teachers on few, draw two small images, and look for no other package's callbacks; encodings
-    fork no readers, and latents have no picture.
+    teachers on few, and draw two small images; encodings fork no readers, and latents have no
+    picture.
 
     Else that is most of the time of a tiny one. A session's, for the fixtures that train;
     :func:`whole_training` has curves and MACs.
     """
-    from lightning.pytorch.trainer.connectors import callback_connector
-
     from olvae.cli import encode
     from olvae.evaluation import latent_report
     from olvae.models import linear_code
@@ -142,7 +141,6 @@ def quick_training() -> Iterator[None]:
         patch.setattr(encode, "MOST_READERS", 0)
         patch.setattr(callbacks, "labelled_grid", small_grid_of_two)
         patch.setattr(latent_report, "draw_distribution", lambda _, path: path.touch())
-        patch.setattr(callback_connector, "_load_external_callbacks", lambda _: [])
         yield
 
 
@@ -240,7 +238,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 TINY_ENCODER = {
     "extractor_channels": 8,
-    "extractor_mult": [1, 2],
+    "extractor_mult": [1],
     "extractor_resblocks": 1,
     "aggregate_channels": 8,
     "aggregate_mult": [1, 2],

@@ -37,7 +37,7 @@ def overflowing(tmp_path_factory) -> Path:
     torch.manual_seed(2)
     model = tiny()
     with torch.no_grad():
-        model.encoder.extractors[1].down_blocks[0][0].conv1.weight *= 1e6
+        model.encoder.extractors[1].mid_block[0].conv1.weight *= 1e6
     folder = tmp_path_factory.mktemp("scaled") / "scaled"
     model.save_pretrained(folder)
     return folder
@@ -143,7 +143,7 @@ def crop(path: Path) -> np.ndarray:
 
 
 SMALL = ("--size", 16, "--images", 5, *PIXELS)
-LAYER = "encoder.extractors.1.down_blocks.0.0.conv1"
+LAYER = "encoder.extractors.1.mid_block.0.conv1"
 
 
 @pytest.fixture(scope="module")

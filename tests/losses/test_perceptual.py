@@ -97,8 +97,8 @@ def test_lite0_knows_blur_and_not_brightness(lite0):
 @pytest.mark.parametrize("name", ["loss", "esrgan", "lite0"])
 def test_perceptual_gradients_reach_the_reconstruction_and_not_the_network(name, request):
     loss = request.getfixturevalue(name)
-    y = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
-    loss(torch.zeros(1, 3, 32, 32), y).backward()
+    y = (torch.rand(1, 3, 16, 16) * 2 - 1).requires_grad_()
+    loss(torch.zeros(1, 3, 16, 16), y).backward()
     assert not loss.state_dict()  # it is no part of a model
     assert copy.deepcopy(loss) is loss
     assert torch.isfinite(y.grad).all()
@@ -117,7 +117,7 @@ def test_lpips_channels_choose_three_of_many(lite0, monkeypatch):
 @pytest.mark.parametrize("channels", [1, 4])
 def test_perceptual_losses_compare_other_channels_one_by_one(name, channels, request):
     loss = request.getfixturevalue(name)
-    x, y = torch.rand(2, channels, 32, 32), torch.rand(2, channels, 32, 32)
+    x, y = torch.rand(2, channels, 16, 16), torch.rand(2, channels, 16, 16)
     grey = [
         loss(x[:, c : c + 1].expand(-1, 3, -1, -1), y[:, c : c + 1].expand(-1, 3, -1, -1))
         for c in range(channels)
@@ -128,7 +128,7 @@ def test_perceptual_losses_compare_other_channels_one_by_one(name, channels, req
 @pytest.mark.parametrize("name", ["loss", "esrgan", "lite0"])
 def test_perceptual_losses_are_float32_under_autocast(name, request):
     loss = request.getfixturevalue(name)
-    x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    x, y = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
     outside = loss(x, y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(loss(x, y), outside)

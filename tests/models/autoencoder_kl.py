@@ -46,7 +46,7 @@ PER_CHANNEL: dict[str, Any] = {
 
 
 def autoencoder_kl(
-    widths: tuple[int, ...] = (32, 64, 128, 128), **arguments: Any
+    widths: tuple[int, ...] = (32, 32, 64, 64), **arguments: Any
 ) -> diffusers.AutoencoderKL:
     """With random weights, two blocks a level; in evaluation mode."""
     torch.manual_seed(1)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -37,6 +38,17 @@ def objective(**params) -> dict:
 WITHOUT_KL = objective(kl_weight=0)
 
 
+def shallow() -> dict[str, Any]:
+    """The tiny encoder and decoder with one level each: half of the operations."""
+    params = tiny_config()["model"]["params"]
+    params["encoder_config"]["params"]["dct_levels"] = 1
+    params["decoder_config"]["params"]["channel_mult"] = [1, 1]
+    return {name: params[name] for name in ("encoder_config", "decoder_config")}
+
+
+SHALLOW = shallow()
+
+
 def build(adversary: dict | None = None, **model) -> LiteAutoencoderKL:
     """The autoencoder starts from the same weights with and without an adversary."""
     torch.manual_seed(0)
@@ -65,6 +77,8 @@ def fit(
     size: int = 16,
     **settings,
 ) -> LiteAutoencoderKL:
+    """Train, and log the last step alone, because that takes longer than the networks."""
+    settings = {"log_every_n_steps": steps, **settings}
     trainer(steps, limit_val_batches=0, **settings).fit(
         model, source(root, batch_size, size).train_loader()
     )

@@ -22,7 +22,7 @@ from olvae.models.parts.part import Step
 from olvae.models.updates.muon import is_matrix
 from olvae.modules.counting import count_parameters
 from tests.conftest import tiny_config
-from tests.models.steps import WITHOUT_KL, against, build, kept, objective
+from tests.models.steps import SHALLOW, WITHOUT_KL, against, build, kept, objective
 
 
 def test_footprint_of_a_backward_pass_by_hand():
@@ -43,9 +43,11 @@ def test_footprint_of_a_backward_pass_by_hand():
     assert live.now == weights
 
 
-def really_kept(images: int) -> int:
-    """Bytes of the storages that autograd keeps of a real step's forward pass in float32."""
-    model = build()
+def really_kept(images: int) -> tuple[int, int]:
+    """Bytes of the storages that autograd keeps of a real step's forward pass in float32,
+    and its operations.
+    """
+    model = build(**SHALLOW)
     batch = torch.randint(0, 256, (images, 3, 16, 16), dtype=torch.uint8)
 
     def forward() -> torch.Tensor:
@@ -55,13 +57,15 @@ def really_kept(images: int) -> int:
         model.forward_pass(step)
         return model.autoencoder_loss(step)
 
-    return kept(forward, model)
+    with FlopCounterMode(display=False) as counter:
+        held = kept(forward, model)
+    return held, counter.get_total_flops()
 
 
 @pytest.fixture(scope="module")
 def model() -> LiteAutoencoderKL:
     """The model that is measured once."""
-    return build()
+    return build(**SHALLOW)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +75,17 @@ def plain(model) -> Footprint:
 
 def test_footprint_is_what_autograd_keeps_of_a_real_step(model, plain):
     """The model is left as it is."""
-    before = dict(build().named_parameters())  # of the same seed
+    before = dict(build(**SHALLOW).named_parameters())  # of the same seed
     assert all(
         torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters()
     )
     assert not model.encoder.checkpoint
     assert not any(module._forward_pre_hooks for module in model.modules())
-    kept = (really_kept(12) - really_kept(4)) / 8
+    (more, flop), (few, _) = really_kept(12), really_kept(4)
+    kept = (more - few) / 8
     assert kept < plain.per_image < 1.25 * kept  # by gradients of activations
+    # The backward pass has twice those of the forward pass, but for the gradient of the image.
+    assert 2.5 < plain.flop / (flop / 12) < 3
 
 
 @pytest.mark.parametrize(
@@ -175,8 +182,8 @@ def test_footprint_counts_checkpointing_in_diffusers_networks():
 def test_footprint_has_the_operations_of_a_real_step_of_both_players():
     """Through Lightning, with what autograd really computes."""
     with FlopCounterMode(display=False) as counter:
-        time_steps(build(against()), 16, 4, 0, "cpu")
-    assert footprint(build(against()), 16, "32").flop == pytest.approx(
+        time_steps(build(against(), **SHALLOW), 16, 4, 0, "cpu")
+    assert footprint(build(against(), **SHALLOW), 16, "32").flop == pytest.approx(
         counter.get_total_flops() / 4, rel=0.01
     )
 
@@ -203,7 +210,7 @@ def test_footprint_counts_perceptual_networks_without_their_files(
     monkeypatch.setattr(
         perceptual, "find_weights", lambda *args, **kwargs: pytest.fail("no file is needed")
     )
-    model = without_weights(tiny_config(lossconfig=objective(**params))["model"])
+    model = without_weights(tiny_config(lossconfig=objective(**params), **SHALLOW)["model"])
     assert next(model.parameters()).device.type == "meta"
     found = footprint(model, 16, "32")
     assert capsys.readouterr().out == ""

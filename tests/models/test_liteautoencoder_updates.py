@@ -15,12 +15,13 @@ from olvae.models import liteautoencoder
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.updates.nonfinite import NonFiniteGuard
 from olvae.models.updates.optimizers import mix_seeds
+from tests.models import steps
 from tests.models.steps import (
+    SHALLOW,
     UNETGAN,
     Each,
     against,
     assert_same,
-    build,
     fit,
     metrics,
     moved,
@@ -29,8 +30,13 @@ from tests.models.steps import (
 )
 
 
+def build(adversary: dict | None = None, **model) -> LiteAutoencoderKL:
+    """Of shallow networks."""
+    return steps.build(adversary, **SHALLOW, **model)
+
+
 def test_accumulation_equals_a_larger_batch_for_both_optimizers(image_folder, updates):
-    """3 x 2 images give the gradients of 6; in float64, because hinge and ReLU turn a rounding
+    """3 x 1 images give the gradients of 3; in float64, because hinge and ReLU turn a rounding
     into a jump.
     """
     settings = {"sample_posterior": False}
@@ -45,11 +51,11 @@ def test_accumulation_equals_a_larger_batch_for_both_optimizers(image_folder, up
                 p.add_(0.1 * torch.randn_like(p))
     kept: list[int] = []  # pairs for further updates, of which there are none
     look = [Each(lambda m: kept.append(len(m._pairs)))]
-    fit(small, image_folder, 2, batch_size=2, size=64, precision="64-true", callbacks=look)
+    fit(small, image_folder, 2, batch_size=1, size=64, precision="64-true", callbacks=look)
     assert kept == [0] * 6
-    fit(large, image_folder, 2, batch_size=6, size=64, precision="64-true")
+    fit(large, image_folder, 2, batch_size=3, size=64, precision="64-true")
     assert small.trainer.global_step == large.trainer.global_step == 2
-    assert small.images_seen == large.images_seen == 12
+    assert small.images_seen == large.images_seen == 6
     assert type(small.images_seen) is int
     assert small.adversary.updates == large.adversary.updates == 2
     for part in ("autoencoder", "adversary"):
@@ -73,7 +79,7 @@ def test_logged_losses_are_means_over_the_micro_batches(image_folder, updates_pe
         )
         model.images = lambda batch: from_uint8(batch["image"]).double()
         settings = {"size": 64, "precision": "64-true", "log_every_n_steps": 2 * k}
-        fit(model, image_folder, 2, batch_size=6 // k, **settings)
+        fit(model, image_folder, 2, batch_size=3 // k, **settings)
         logged.append(metrics(model))
     means, whole = logged
     # The ratio of gradients is measured in the last micro-batch alone.
@@ -176,9 +182,9 @@ def test_further_discriminator_updates_have_gradients_of_their_own(image_folder,
             between.update(copy.deepcopy(module.state_dict()))
 
     model.adversary.discriminator.register_forward_pre_hook(look)
-    fit(model, image_folder, 1, size=64)
+    fit(model, image_folder, 1, batch_size=2, size=64)
     second.adversary.discriminator.load_state_dict(between)
-    fit(second, image_folder, 1, size=64)
+    fit(second, image_folder, 1, batch_size=2, size=64)
     _, expected = updates.of(model.adversary)
     (update,) = updates.of(second.adversary)
     for a, b in zip(update.gradients, expected.gradients, strict=True):
@@ -207,7 +213,7 @@ def test_learning_rates_and_betas_of_both_optimizers(image_folder, updates):
     model = build(
         against(learning_rate_ratio=0.25, betas=[0.1, 0.7]), betas=[0.6, 0.95], **schedule
     )
-    fit(model, image_folder, 4)
+    fit(model, image_folder, 4, batch_size=1)
     rates = pytest.approx([0.5e-2, 1e-2, 1e-2, 0.75e-2])
     assert [u.lr for u in updates.of(model.autoencoder)] == rates
     assert [4 * u.lr for u in updates.of(model.adversary)] == rates
@@ -227,7 +233,7 @@ def test_the_discriminators_rate_follows_the_schedule_whenever_it_begins(image_f
     def look(m: LiteAutoencoderKL) -> None:
         rates.append([optimizer.param_groups[0]["lr"] for optimizer in m.trainer.optimizers])
 
-    fit(model, image_folder, 6, callbacks=[Each(look)])
+    fit(model, image_folder, 6, batch_size=1, callbacks=[Each(look)])
     assert all(theirs == pytest.approx(2 * ours) for ours, theirs in rates[start_step + 1 :])
     assert rates[-1][0] < rates[0][0]
 
@@ -240,7 +246,7 @@ def test_without_warm_up_the_discriminators_first_update_has_its_whole_rate(imag
 
 def test_the_discriminators_warm_up_stays_below_the_schedule(image_folder, updates):
     model = build(against(start_step=4), scheduler="cosine", warmup_steps=3, learning_rate=1e-3)
-    fit(model, image_folder, 9)
+    fit(model, image_folder, 9, batch_size=1)
     ours, theirs = (
         [u.lr for u in updates.of(side)] for side in (model.autoencoder, model.adversary)
     )
@@ -292,9 +298,12 @@ def test_loss_scale_changes_no_weights(image_folder, name):
     """The scale doubles at every update: one that came between the two sides' steps would show."""
     adversary, settings = SCALED_RUNS[name]
     adversary = {"weight": 0.5, **adversary}
-    plain = fit(build(against(**adversary), **settings), image_folder, 3)
+    every = {"batch_size": 2, "log_every_n_steps": 1}
+    plain = fit(build(against(**adversary), **settings), image_folder, 2, **every)
     plugin = Scaled(init_scale=2.0**10, growth_interval=1)
-    scaled = fit(build(against(**adversary), **settings), image_folder, 3, plugins=[plugin])
+    scaled = fit(
+        build(against(**adversary), **settings), image_folder, 2, plugins=[plugin], **every
+    )
     assert_same(snapshot(plain), snapshot(scaled))
     assert moved(snapshot(build(against(**adversary))), snapshot(scaled))
     one, other = metrics(plain), metrics(scaled)
@@ -302,7 +311,7 @@ def test_loss_scale_changes_no_weights(image_folder, name):
     # A batch on which the discriminator learns alone.
     alone = 1 if "warmup_updates" in adversary else 0
     per_step = adversary.get("updates_per_step", 1)
-    expected = (3 + alone) * per_step if per_step > 1 else 3 + adversary.get("warmup_updates", 0)
+    expected = (2 + alone) * per_step if per_step > 1 else 2 + adversary.get("warmup_updates", 0)
     assert plugin.scaler.scales == [2.0 ** (11 + i) for i in range(expected)]
 
 

@@ -167,7 +167,7 @@ def test_adversarial_ramp_is_in_the_loss(image_folder):
         adversarial = values.get("train/adversarial")
         seen.append(adversarial and (values["train/loss"] - pixels) / adversarial)
 
-    fit(model, image_folder, 4, callbacks=[Each(look)])
+    fit(model, image_folder, 4, log_every_n_steps=1, callbacks=[Each(look)])
     assert seen == [
         None,
         pytest.approx(0.2, rel=1e-2),

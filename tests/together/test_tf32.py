@@ -1,5 +1,7 @@
 """Precisions of commands: who computes convolutions without TF32, by torch's settings in each."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,14 @@ from olvae.cli.options import PRECISION_NAMES
 from tests.conftest import plain_config
 
 DEFAULT = (True, False)  # torch's: convolutions in TF32, products in float32
+
+
+@pytest.fixture
+def four_images(image_folder) -> Path:
+    """A folder of four pictures."""
+    for path in sorted(image_folder.rglob("*.png"))[4:]:
+        path.unlink()
+    return image_folder
 
 
 @pytest.fixture
@@ -31,27 +41,27 @@ def seen(monkeypatch):
     [("32", False), ("tf32", True), pytest.param("bf16", False, marks=pytest.mark.slow)],
 )
 def test_encode_and_reconstruct_have_tf32_by_name_alone(
-    seen, done, target, image_folder, tmp_path, precision, allowed
+    seen, done, target, four_images, tmp_path, precision, allowed
 ):
     wanted = ["--precision", precision]
     latents = tmp_path / "latents"
-    done("encode", target, "--data", image_folder, "--size", 16, "--out", latents, *wanted)
-    done("reconstruct", target, image_folder, "--out", tmp_path / "images", *wanted)
+    done("encode", target, "--data", four_images, "--size", 16, "--out", latents, *wanted)
+    done("reconstruct", target, four_images, "--out", tmp_path / "images", *wanted)
     assert seen == {(False, allowed, allowed)}
 
 
-def test_other_commands_compute_without_tf32(seen, done, target, image_folder, tmp_path):
-    given = (target, "--data", image_folder, "--size", 16)
+def test_other_commands_compute_without_tf32(seen, done, target, four_images, tmp_path):
+    given = (target, "--data", four_images, "--size", 16)
     done("encode", *given, "--out", tmp_path / "latents")
     done("decode", target, tmp_path / "latents", "--out", tmp_path / "images")
-    done("latents", target, "--data", image_folder, "--out", tmp_path / "report")
+    done("latents", target, "--data", four_images, "--out", tmp_path / "report")
     done("evaluate", *given, "--metrics", "psnr", "--no-report", "--out", tmp_path / "scores")
     assert seen == {(False, False, False)}
 
 
-def test_evaluate_adds_a_row_in_tf32(seen, done, target, image_folder, tmp_path):
+def test_evaluate_adds_a_row_in_tf32(seen, done, target, four_images, tmp_path):
     err = done(
-        *("evaluate", target, "--data", image_folder, "--size", 16, "--metrics", "psnr"),
+        *("evaluate", target, "--data", four_images, "--size", 16, "--metrics", "psnr"),
         *("--no-report", "--out", tmp_path, "--precision", "tf32"),
     )
     assert ", tf32" in err
@@ -79,11 +89,11 @@ def test_training_keeps_torchs_settings_and_validation_has_no_tf32(
     ],
 )
 def test_every_precision_of_the_help_is_accepted_on_a_cpu(
-    done, target, image_folder, tmp_path, command
+    done, target, four_images, tmp_path, command
 ):
-    given = [image_folder]
+    given = [four_images]
     if command != "reconstruct":
-        given = ["--data", image_folder, "--size", 16]
+        given = ["--data", four_images, "--size", 16]
     if command == "evaluate":
         given += ["--metrics", "psnr", "--no-report"]
     for name in PRECISION_NAMES:

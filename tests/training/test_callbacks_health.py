@@ -157,6 +157,7 @@ def test_health_reads_logged_values_once_a_step_in_phase_b_by_the_first_process(
     ids=SENTENCES,
 )
 def test_health_warns_of_a_bad_adversary_in_a_training(node, sentence, image_folder, capsys):
-    fit(build(node), image_folder, 6, callbacks=[Health(patience=4)])
+    health = [Health(patience=4)]
+    fit(build(node), image_folder, 6, log_every_n_steps=1, callbacks=health)
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith(f"step 5, for 4 steps: {sentence}") for line in lines)

@@ -26,11 +26,13 @@ from olvae.models.loading.targets import find_target
 from olvae.runs import Run
 from olvae.training import callbacks
 from olvae.training.run import RUN_ENV, TrainingStopped, quieten
-from tests.conftest import plain_config, tiny_config
+from tests.conftest import plain_config, plain_networks, tiny_config
 from tests.data.images import write_shards
 from tests.models.steps import PATCHGAN, UNETGAN, against
 from tests.training.events import scalars
 from tests.training.origins import checkpoint
+
+ONE_STEP = ("lightning.trainer.max_steps=1", "lightning.trainer.limit_val_batches=0")
 
 
 @pytest.fixture
@@ -118,21 +120,21 @@ def test_a_source_of_unknown_length_is_trained_on(go, tmp_path):
 def test_actual_resume_leaves_out_factors_that_training_has_outdated(go, own):
     """Equal ones are of the weights that the other run started from; other numbers are kept."""
     factor = "model.params.scaling_factor=0.5"
-    start = go("lightning.trainer.max_steps=1")
-    moved = go("lightning.trainer.max_steps=1", factor, actual_resume=start.path)
+    start = go(*ONE_STEP)
+    moved = go(*ONE_STEP, factor, actual_resume=start.path)
     assert find_target(moved.path).factors_outdated
     no_kl = "model.params.lossconfig.params.kl_weight=0"
     frozen = ("model.params.freeze_encoder=true", no_kl, f"model.params.scaling_factor={own}")
-    run = go("lightning.trainer.max_steps=1", *frozen, actual_resume=moved.path)
+    run = go(*ONE_STEP, *frozen, actual_resume=moved.path)
     expected = 1.0 if own == 0.5 else own
     assert load([run.config])["model"]["params"]["scaling_factor"] == expected
     assert find_target(run.path).load().scaling_factor == expected
 
 
 def test_actual_resume_takes_the_weights_alone(go):
-    first = go()
+    first = go("lightning.trainer.max_steps=2")
     second = go(
-        "lightning.trainer.max_steps=1",
+        *ONE_STEP,
         "model.base_learning_rate=1e-9",
         actual_resume=first.last_checkpoint,
     )
@@ -162,7 +164,7 @@ def test_a_failing_start_leaves_nothing_and_changes_nothing(go, tmp_path):
     with pytest.raises(ValueError, match="betas must"):
         go("model.params.betas=[0.9, 3.0]")
     assert not (tmp_path / "runs").exists()
-    run = go()
+    run = go(*ONE_STEP)
     before = run.config.read_text()
     with pytest.raises(ConfigError, match=r"foo: .*auto, ddp, ddp_bf16"):
         go("lightning.trainer.strategy=foo", "lightning.trainer.max_steps=8", resume=run.path)
@@ -327,7 +329,7 @@ def test_training_mistakes_leave_no_run_folder(go, tmp_path, overrides, options,
 
 def test_the_settings_of_a_run_are_options(go, tmp_path):
     """In a config file, as a run's own, or over a resumed run's."""
-    run = go(seed=3, precision="bf16")
+    run = go(*ONE_STEP, seed=3, precision="bf16")
     for settings in (
         {"base": [run.config]},
         {"resume": run.path, "overrides": ["run.seed=5"]},
@@ -337,7 +339,7 @@ def test_the_settings_of_a_run_are_options(go, tmp_path):
             go(**settings)
     assert len(list((tmp_path / "runs").iterdir())) == 1
     before = load([run.config])["run"]
-    again = go("lightning.trainer.max_steps=5", resume=run.path, base=[run.config])
+    again = go("lightning.trainer.max_steps=2", resume=run.path, base=[run.config])
     assert load([again.config])["run"] == before
 
 
@@ -378,7 +380,7 @@ def test_adversaries_that_do_not_fit_are_refused(
 
 
 def test_weights_of_another_model_are_refused(go, tmp_path):
-    run = go()
+    run = go(*ONE_STEP)
     with pytest.raises(ValueError, match="another model"):
         go("model.params.decoder_config.params.channels=16", actual_resume=run.last_checkpoint)
     with pytest.raises(ValueError, match="another model"):
@@ -491,7 +493,7 @@ def test_linear_paths_are_fitted_for_fresh_weights_alone(
 ):
     """Not when a run is resumed, nor when it starts from weights."""
     monkeypatch.setattr("olvae.models.linear_code.CROPS", (256, 256))
-    config = tiny_config(image_folder)
+    config = tiny_config(image_folder, encoder_config=plain_networks()["encoder_config"])
     for half in ("encoder_config", "decoder_config"):
         config["model"]["params"][half]["params"]["linear"] = True
     run = go(config=config)

@@ -3,7 +3,9 @@
 import pytest
 
 from olvae.config import ConfigError
+from olvae.data.pixels.size_and_range import Sides
 from olvae.models.footprint import MARGIN, footprint
+from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.run import check_memory
 from tests.conftest import parts, plain_networks
 from tests.models.steps import against, build, source
@@ -19,7 +21,13 @@ def test_an_adversary_needs_a_loss_that_compares_images_beside_it(image_folder):
 def test_memory_is_checked_before_the_first_step(image_folder, capfd, monkeypatch):
     images, plain = source(image_folder), build(**plain_networks())
     counted = footprint(plain, 16, "32")
-    monkeypatch.setattr("olvae.training.run.footprint", lambda *_, **__: counted)
+
+    def known(model: LiteAutoencoderKL, size: Sides, precision: str, checkpoint: bool = False):
+        assert isinstance(model, LiteAutoencoderKL)
+        assert (size, precision) == (images.size, "32")
+        return counted
+
+    monkeypatch.setattr("olvae.training.run.footprint", known)
     enough = int(MARGIN * counted.total(4)) + 1
     assert check_memory(plain, images, "32", enough) == counted.flop > 0
     check_memory(plain, images, "32", enough - 2, warns=False)

@@ -181,7 +181,7 @@ def test_precision_is_the_share_of_pictures_near_an_image(
     monkeypatch.setattr(interpolated, "Inception", lambda path, device: extract)
     model, keys, x, latents = setting
     # Far from each other, so that some pictures between them are near no image.
-    latents = 20.0 * latents
+    latents = 4.0 * latents
     observer = observed(weights_dir, model, keys, x, latents, kind=InterpolatedPrecision)
     observer.examine({"a": Subject(model)}, 16, "cpu")
     found = observer.result("a", 0)

@@ -15,12 +15,12 @@ from tests.models.large.test_tiling import sd
 def autoencoder(quantizer: bool = False, **encoder) -> LiteVAE:
     widths = {
         "extractor_channels": 8,
-        "extractor_mult": (1, 2, 3),
+        "extractor_mult": (1, 2),
         "aggregate_channels": 8,
         "aggregate_mult": (1, 2),
     }
-    if encoder.get("variant") != "paper":
-        widths |= {"extractor_resblocks": 2, "aggregate_resblocks": 1}
+    if encoder.get("variant") != "paper":  # which has two blocks for each width
+        widths |= {"extractor_mult": (1, 2, 3), "extractor_resblocks": 1, "aggregate_resblocks": 1}
     vae = LiteVAE(
         LiteVAE_Encoder(8, **widths, **encoder),
         LiteVAE_Decoder(channels=8, z_channels=4, channel_mult=(1, 1, 1, 1), num_res_blocks=0),

@@ -26,6 +26,7 @@ from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.sdvae import SDDecoder, SDEncoder
+from tests.conftest import TINY_ENCODER
 from tests.export.latents import Shrunk
 
 CONFIGURATIONS = [
@@ -119,7 +120,7 @@ def autoencoder(quantizer: bool = False, **arguments) -> LiteVAE:
     levels = len(arguments["channel_mult"]) - 1
     half = LiteVAE_Decoder(channels=8, z_channels=4, **arguments)
     nn.init.xavier_normal_(half.conv_out.weight)  # beside a linear path it starts at zero
-    encoder = LiteVAE_Encoder(8, "S", dct_levels=levels)
+    encoder = LiteVAE_Encoder(8, **{**TINY_ENCODER, "dct_levels": levels})
     return LiteVAE(encoder, half, Quantizer(8, 4, 4) if quantizer else None).eval()
 
 

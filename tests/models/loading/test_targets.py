@@ -26,7 +26,7 @@ from tests.models.autoencoder_kl import autoencoder_kl
 from tests.models.loading.classes import make
 from tests.models.loading.names import latent_diffusion_names
 
-kl = partial(autoencoder_kl, (32, 32, 64))
+kl = partial(autoencoder_kl, (32, 32), layers_per_block=1)
 
 
 def taesd() -> diffusers.AutoencoderTiny:

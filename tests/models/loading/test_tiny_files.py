@@ -18,6 +18,7 @@ from olvae.models.loading.loader import LoadOptions
 from olvae.models.loading.targets import find_target
 from olvae.models.loading.tiny_files import TinyLoader
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
+from tests.models.files import same_weights
 
 
 def conv(a: int, b: int, **kwargs) -> nn.Conv2d:
@@ -77,7 +78,7 @@ def plain(kind: str) -> tuple[nn.Sequential, nn.Sequential]:
 KINDS = ["taesd", "taef2", "taesana"]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request) -> str:
     return request.param
 
@@ -91,43 +92,55 @@ def publish(kind: str, folder: Path) -> None:
         torch.save(state, folder / f"{kind}_{half}.pth")
 
 
-@pytest.fixture
-def folder(kind, tmp_path) -> Path:
-    publish(kind, tmp_path)
-    return tmp_path
-
-
-def networks(kind: str, folder: Path) -> tuple[nn.Sequential, nn.Sequential]:
+@pytest.fixture(scope="module")
+def networks(kind) -> tuple[nn.Sequential, nn.Sequential]:
+    """Those that are published, rounded to float16 where TAEF2's are; not to be changed."""
     halves = plain(kind)
-    for half, network in zip(("encoder", "decoder"), halves, strict=True):
-        network.load_state_dict(torch.load(folder / f"{kind}_{half}.pth", weights_only=True))
+    if kind == "taef2":
+        for network in halves:
+            network.half().float()
     return halves
 
 
+@pytest.fixture(scope="module")
+def folder(kind, tmp_path_factory) -> Path:
+    """Of the published files; not to be changed."""
+    folder = tmp_path_factory.mktemp(kind)
+    publish(kind, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder) -> LiteVAE:
+    """Of the folder; not to be changed."""
+    return find_target(folder).load()
+
+
 @torch.no_grad()
-def test_tiny_files_are_the_published_networks(kind, folder):
-    encoder, decoder = networks(kind, folder)
-    image = torch.rand(1, 3, 32, 64)
+def test_tiny_files_are_the_published_networks(kind, folder, networks, loaded):
+    encoder, decoder = networks
+    image = torch.rand(1, 3, 32, 64) if kind == "taesana" else torch.rand(1, 3, 16, 24)
     z = encoder(image)
-    places = [folder / f"{kind}_encoder.pth", folder / f"{kind}_decoder.pth", folder]
-    for place in places:
-        found = find_target(place).load()
-        assert found.downscale == image.shape[-1] // z.shape[-1]
-        assert found.latent_channels == z.shape[1]
-        assert found.encode(2 * image - 1).deterministic
-        torch.testing.assert_close(found.encode(2 * image - 1).mean, z, rtol=0, atol=1e-5)
-        torch.testing.assert_close(found.decode(z), 2 * decoder(z) - 1, rtol=0, atol=1e-5)
+    assert loaded.downscale == image.shape[-1] // z.shape[-1]
+    assert loaded.latent_channels == z.shape[1]
+    assert loaded.encode(2 * image - 1).deterministic
+    decoded = loaded.decode(z)
+    torch.testing.assert_close(loaded.encode(2 * image - 1).mean, z, rtol=0, atol=1e-5)
+    torch.testing.assert_close(decoded, 2 * decoder(z) - 1, rtol=0, atol=1e-5)
     if kind == "taef2":
         with pytest.raises(ValueError, match="whole latent"):
-            found.decode_tiled(z, tile=4)
+            loaded.decode_tiled(z, tile=4)
     else:
-        torch.testing.assert_close(found.decode_tiled(z, tile=1), found.decode(z))
+        torch.testing.assert_close(loaded.decode_tiled(z, tile=1), decoded)
+    # Either half's file names the whole.
+    for half in ("encoder", "decoder"):
+        assert same_weights(find_target(folder / f"{kind}_{half}.pth").load(), loaded)
 
 
 @torch.no_grad()
-def test_tiny_files_are_written_again(kind, folder):
+def test_tiny_files_are_written_again(kind, folder, loaded, tmp_path):
     """And our own folder is a TARGET, with ComfyUI's names."""
-    out = folder / "out"
+    out = tmp_path / "out"
     settings = ExportSettings(format="taesd")
     _, notes = export_target(find_target(folder), out, settings)
     for half in ("encoder", "decoder"):
@@ -139,16 +152,14 @@ def test_tiny_files_are_written_again(kind, folder):
         kind == "taef2"
     )
     image = torch.rand(1, 3, 32, 32) * 2 - 1
-    one, other = find_target(folder).load(), find_target(out).load()
-    assert torch.equal(one(image)[0], other(image)[0])
+    assert torch.equal(loaded(image)[0], find_target(out).load()(image)[0])
 
 
-def test_only_taesds_networks_are_of_a_class_of_diffusers(kind, folder):
-    model = find_target(folder).load()
-    misfit = LAYOUTS["diffusers"]().misfit(model)
+def test_only_taesds_networks_are_of_a_class_of_diffusers(kind, loaded):
+    misfit = LAYOUTS["diffusers"]().misfit(loaded)
     assert (misfit is None) == (kind == "taesd")
-    assert LAYOUTS["litevae"]().misfit(model) is None
-    assert (LAYOUTS["comfyui"]().misfit(model) is None) == (kind != "taesd")
+    assert LAYOUTS["litevae"]().misfit(loaded) is None
+    assert (LAYOUTS["comfyui"]().misfit(loaded) is None) == (kind != "taesd")
 
 
 @pytest.fixture

@@ -137,5 +137,5 @@ def test_activation_bound_lowers_activations_of_what_is_trained(image_folder, fr
         assert values["train/loss"] == pytest.approx(terms + values["train/activation"], rel=1e-5)
         penalties.append(values["train/activation"])
 
-    fit(model, image_folder, 12, callbacks=[Each(look)])
+    fit(model, image_folder, 8, log_every_n_steps=1, callbacks=[Each(look)])
     assert penalties[-1] < 0.8 * penalties[0]

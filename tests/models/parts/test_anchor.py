@@ -90,7 +90,7 @@ def test_the_anchor_is_where_training_started(image_folder):
         assert_same(snapshot(m.parts["anchor"].moments[0]), start)
         anchors.append(metrics(m)["train/anchor"])
 
-    fit(model, image_folder, 8, callbacks=[Each(look)])
+    fit(model, image_folder, 8, log_every_n_steps=1, callbacks=[Each(look)])
     assert anchors[0] == 0.0
     assert min(anchors[1:]) > 0
     assert sum(anchors[-4:]) / 4 > 1.5 * anchors[1]  # it grows, as much as batches differ

@@ -119,14 +119,14 @@ def test_an_equivariance_step_may_pause_the_adversary(image_folder):
     model.decoder.register_forward_hook(
         lambda _, inputs, y: sizes.append((inputs[0].shape[-1], y.shape[-1]))
     )
-    fit(model, image_folder, 12, size=32)
-    assert model.trainer.global_step == 12
+    fit(model, image_folder, 8, batch_size=1, size=32)
+    assert model.trainer.global_step == 8
     assert model.adversary.updates == 0
     assert_same(snapshot(model.adversary), start_d)
     assert len(moved(start, snapshot(model.autoencoder))) > 0.9 * len(start)
     assert all(p.isfinite().all() for p in model.parameters())
     assert not [name for name in metrics(model) if "health" in name or "adversarial" in name]
-    assert len(sizes) == 12
+    assert len(sizes) == 8
     assert set(sizes) == {(size, 8 * size) for size in (1, 2, 3)}
 
 
@@ -136,8 +136,8 @@ def test_adversary_plays_on_equivariance_steps_too(image_folder):
     model.adversary.discriminator.register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].shape[-1])
     )
-    fit(model, image_folder, 6, size=32)
-    assert model.adversary.updates == 6
+    fit(model, image_folder, 4, batch_size=1, size=32)
+    assert model.adversary.updates == 4
     assert set(seen) <= {8, 16, 24}
     assert len(set(seen)) > 1
 

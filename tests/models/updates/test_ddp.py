@@ -18,7 +18,16 @@ from olvae.models.updates.ddp import PlayersStrategy
 from olvae.modules.counting import count_parameters
 from olvae.modules.patchgan import PatchGAN
 from tests.forks import fork_each
-from tests.models.steps import PATCHGAN, WITHOUT_KL, against, assert_same, build, snapshot, trainer
+from tests.models.steps import (
+    PATCHGAN,
+    SHALLOW,
+    WITHOUT_KL,
+    against,
+    assert_same,
+    build,
+    snapshot,
+    trainer,
+)
 from tests.training.conftest import torchrun
 
 
@@ -52,10 +61,11 @@ class Counting(PlayersStrategy):
         return allreduce_hook(None, bucket)
 
 
-def train(strategy, adversary=None, batches: int = 4, **model):
-    module = build(adversary, **model)
+def train(strategy, adversary=None, batches: int = 2, **model):
+    module = build(adversary, **SHALLOW, **model)
     batch = {"image": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)}
-    trainer(-1, max_epochs=1, devices=1, strategy=strategy, limit_val_batches=0).fit(
+    quiet = {"limit_val_batches": 0, "log_every_n_steps": 0}
+    trainer(-1, max_epochs=1, devices=1, strategy=strategy, **quiet).fit(
         module, repeat(batch, batches)
     )
     return module
@@ -69,7 +79,7 @@ def totals(strategy: Counting) -> dict[str, int]:
 def test_ddp_sends_each_players_gradients_once_an_update(accumulated):
     strategy = Counting(gradient_as_bucket_view=True)
     module = train(strategy, against(), accumulate_grad_batches=accumulated)
-    updates = 4 // accumulated
+    updates = 2 // accumulated
     trained = {"autoencoder": module.autoencoder, "discriminator": module.adversary.discriminator}
     assert totals(strategy) == {
         name: updates * 4 * count_parameters(part) for name, part in trained.items()
@@ -162,7 +172,7 @@ def test_bfloat16_on_the_wire_of_two_processes_is_the_mean_but_for_its_rounding(
         for hook in hooks:
             strategy = PlayersStrategy(ddp_comm_hook=hook)
             trainer(1, devices=2, strategy=strategy, limit_val_batches=0).fit(
-                build(against()), repeat(batch, 1)
+                build(against(), **SHALLOW), repeat(batch, 1)
             )
         found = [
             torch.cat([g.flatten() for u in half for g in u.gradients])

@@ -88,9 +88,9 @@ def test_adaptive_weight_is_the_ratio_of_gradients_at_the_encoders_last_layer(im
 
 def test_correlation_grows(image_folder):
     given = {"threshold": 1.0, "weight": 1.0, "adaptive_weight": False}
-    model = build(parts=parts(local_correlation=given), learning_rate=1e-2)
+    model = build(parts=parts(local_correlation=given), learning_rate=2e-2)
     before = model.parts["local_correlation"](batch(model, image_folder).encoded.mean).item()
-    fit(model, image_folder, 20)
+    fit(model, image_folder, 10)
     after = model.parts["local_correlation"](batch(model, image_folder).encoded.mean).item()
     assert after > before + 0.05
 
