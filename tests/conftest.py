@@ -182,8 +182,10 @@ def run_here(
 ) -> list[Any]:
     """Stand in for ``run_in_processes``, whose forks take longer than what small tasks do."""
     progress = SharedProgress(multiprocessing)
-    results = [function(task, progress) for task in tasks]
-    on_progress(progress.count.get_obj().value)
+    results = []
+    for task in tasks:
+        results.append(function(task, progress))
+        on_progress(progress.count.get_obj().value)
     return results
 
 
