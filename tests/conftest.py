@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from olvae.files import SIGNALS
@@ -93,6 +93,25 @@ def usual_probe() -> Iterator[int]:
         yield usual
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_drawn_on_meta() -> Iterator[None]:
+    """Weights of the meta device get no first values: for nothing they took longer than real ones
+    do, before each autoencoder that is loaded.
+    """
+
+    def unless_meta(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(draw)
+        def drawn(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
+
+        return drawn
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"):
+            patch.setattr(nn.init, name, unless_meta(getattr(nn.init, name)))
+        yield
+
+
 def skip_power_iterations(patch: pytest.MonkeyPatch) -> None:
     """Those of spectral norm at its start take long on the meta device, and change no count."""
     patch.setattr(parametrizations._SpectralNorm, "_power_method", lambda *_: None)
@@ -163,8 +182,10 @@ def run_here(
 ) -> list[Any]:
     """Stand in for ``run_in_processes``, whose forks take longer than what small tasks do."""
     progress = SharedProgress(multiprocessing)
-    results = [function(task, progress) for task in tasks]
-    on_progress(progress.count.get_obj().value)
+    results = []
+    for task in tasks:
+        results.append(function(task, progress))
+        on_progress(progress.count.get_obj().value)
     return results
 
 
@@ -244,6 +265,15 @@ TINY_ENCODER = {
     "image_size": 16,
 }
 """The arguments of a LiteVAE_Encoder as narrow as can be."""
+
+
+def one_width() -> dict[str, Any]:
+    """The tiny encoder's node with UNets of one width, of fewer tensors to be built, written and
+    read.
+    """
+    node: dict[str, Any] = tiny_config()["model"]["params"]["encoder_config"]
+    node["params"] |= {"extractor_mult": [1], "aggregate_mult": [1]}
+    return node
 
 
 def part_module(name: str) -> str:
@@ -372,10 +402,7 @@ def trained_in(folder: Path, make_config: Callable[[Path], dict[str, Any]]) -> I
 
 def narrow_config(root: Path) -> dict[str, Any]:
     """As :func:`tiny_config`'s, with UNets of one width."""
-    config = tiny_config(root)
-    widths = {"extractor_mult": [1], "aggregate_mult": [1]}
-    config["model"]["params"]["encoder_config"]["params"] |= widths
-    return config
+    return tiny_config(root, encoder_config=one_width())
 
 
 @pytest.fixture(scope="session")

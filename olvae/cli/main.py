@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         arguments = repeat_flags([argument for argument in given if argument != "--debug"])
         _check_inputs(arguments)
-        command = typer.main.get_command(app)
-        _keep_examples(command)
+        command = make_command()
         name_flags(command, arguments)
         _check_quotes(arguments)
         code = command(args=arguments, prog_name="olvae", standalone_mode=False)
@@ -138,6 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # `python -m` would end by SIGINT, without this code. Python forgets it at the next text.
         exec("")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@cache
+def make_command() -> Any:
+    """Make what typer runs, with examples that can be copied; once in a process."""
+    command = typer.main.get_command(app)
+    _keep_examples(command)
+    return command
 
 
 def _keep_examples(command: Any) -> None:

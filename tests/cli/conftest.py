@@ -13,7 +13,7 @@ from olvae.config import save
 from olvae.evaluation import round_trip
 from olvae.files import warn_once
 from olvae.training import run as training
-from tests.conftest import tiny_config
+from tests.conftest import one_width, tiny_config
 from tests.export.latents import tiny_vae
 from tests.forks import fork_ranks
 
@@ -119,7 +119,7 @@ def target(tmp_path) -> Path:
 def config(tmp_path, image_folder) -> Path:
     """The file of a tiny training on twelve images."""
     path: Path = tmp_path / "tiny.yaml"
-    save(tiny_config(image_folder), path)
+    save(tiny_config(image_folder, encoder_config=one_width()), path)
     return path
 
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from olvae.models.footprint import Footprint
+from tests.conftest import skip_power_iterations
 
 
 def test_validate_lists_the_mistakes_of_each_config(olvae, config, tmp_path):
@@ -70,6 +71,7 @@ def test_validate_memory_has_a_row_for_each_precision_and_checkpointing(
 
 def test_validate_memory_without_the_autoencoder_has_one_outcome(olvae, config, monkeypatch):
     """The config alone has no mistake; its numbers need the hub."""
+    skip_power_iterations(monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     need = Footprint(fixed=2**30, per_image=2**28, flop=10**12)
     monkeypatch.setattr("olvae.models.footprint.footprint", lambda *_: need)

@@ -14,14 +14,14 @@ from PIL import Image
 
 import olvae
 from olvae.config import save
-from tests.conftest import tiny, tiny_config
+from tests.conftest import one_width, tiny, tiny_config
 
 
 @pytest.fixture
 def target(tmp_path):
     """The arguments that name a model: a checkpoint and its config."""
-    save(tiny_config(), tmp_path / "tiny.yaml")
-    torch.save(tiny().state_dict(), tmp_path / "tiny.ckpt")
+    save(tiny_config(encoder_config=one_width()), tmp_path / "tiny.yaml")
+    torch.save(tiny(encoder_config=one_width()).state_dict(), tmp_path / "tiny.ckpt")
     return [tmp_path / "tiny.ckpt", "--config", tmp_path / "tiny.yaml"]
 
 

@@ -14,12 +14,12 @@ from olvae.export.encode_inputs import EncodeOptions, find_inputs
 from olvae.export.encoding import EncodeJob
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic, DiagonalGaussian
-from tests.conftest import tiny
+from tests.conftest import one_width, tiny
 
 
 def tiny_vae(seed: int = 0) -> LiteVAE:
     torch.manual_seed(seed)
-    return tiny(initial_logvar=-3.0)
+    return tiny(encoder_config=one_width(), initial_logvar=-3.0)
 
 
 class Shrunk(Autoencoder):

@@ -5,12 +5,12 @@ from diffusers import AutoencoderKL
 
 from olvae import LiteVAE
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
-from tests.conftest import tiny
+from tests.conftest import one_width, tiny
 
 
 def tiny_litevae() -> LiteVAE:
     """Fresh weights, but for the self-modulation, so that folding is not the identity."""
-    model = tiny()
+    model = tiny(encoder_config=one_width())
     for name, p in model.named_parameters():
         if name.endswith(("scales", "gain")):
             torch.nn.init.uniform_(p, 0.5, 2.0)

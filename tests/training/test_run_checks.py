@@ -3,6 +3,7 @@
 import pytest
 
 from olvae.config import ConfigError
+from olvae.data.pixels.size_and_range import Sides
 from olvae.models.footprint import MARGIN, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.run import check_memory
@@ -21,9 +22,9 @@ def test_memory_is_checked_before_the_first_step(image_folder, capfd, monkeypatc
     images, plain = source(image_folder), build(**plain_networks())
     counted = footprint(plain, 16, "32")
 
-    def known(model: LiteAutoencoderKL, size: int, precision: str, checkpoint: bool = False):
-        assert next(model.parameters()).ndim == 4
-        assert (size, precision) == (16, "32")
+    def known(model: LiteAutoencoderKL, size: Sides, precision: str, checkpoint: bool = False):
+        assert isinstance(model, LiteAutoencoderKL)
+        assert (size, precision) == (images.size, "32")
         return counted
 
     monkeypatch.setattr("olvae.training.run.footprint", known)
