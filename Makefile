@@ -81,9 +81,9 @@ study-maps: $(VENV)/.installed-dev ## which statistic of a latent a diffusion mo
 study-scale: $(VENV)/.installed-dev ## what grows with images, shards, processes and tasks, as in docs/hundred_million.md (CPU, minutes)
 	$(BIN)/python -m study.scale
 
-models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, ten hours of a thread; what is done is kept)
+models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, twelve hours of a thread; what is done is kept)
 	$(BIN)/python -m study.corpus --out study/corpus-out
-	$(MAKE) photos-f8c12 photos-f8c4 photos-f8c32
+	$(MAKE) photos-f8c12 photos-f8c4 photos-f8c16 photos-f8c32
 	$(MAKE) photos-f8c12-sharp
 
 saved = $(wildcard $(RUNS)/*_$(1)_bf16/checkpoints/last.ckpt)
