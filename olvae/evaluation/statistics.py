@@ -98,10 +98,8 @@ def _bootstrap(
     means = np.empty((len(values), samples))
     for sample in range(samples):
         drawn = rng.integers(n, size=n)
-        if counts is None:
-            means[:, sample] = values.take(drawn, axis=1).sum(-1) / n
-        else:
-            means[:, sample] = values.take(drawn, axis=1).sum(-1) / counts.take(drawn).sum()
+        images = n if counts is None else counts.take(drawn).sum()
+        means[:, sample] = values.take(drawn, axis=1).sum(-1) / images
     return means
 
 
