@@ -20,6 +20,7 @@ from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.volumes.volume_source import VolumeSlices, VolumeSource
 from tests.conftest import tiny_config
 from tests.data.images import write_photos, write_shards
+from tests.data.scenes.geotiffs import geotiff, ground
 from tests.data.volumes.scans import WINDOW, hounsfield, nifti
 
 DEEP = PixelRange.from_node([0, 9])
@@ -58,6 +59,12 @@ def test_a_scenes_tiles_have_the_size(asked):
     source = open_source("scenes:somewhere", 8, 4)
     assert source.val_images == 60
     assert asked == [("scenes:somewhere", 3, EIGHT_BITS, 8)]
+
+
+def test_scenes_are_opened_with_their_settings(tmp_path):
+    place = geotiff(tmp_path / "a.tif", ground(0, (64, 96)))
+    assert len(open_images(f"scenes:{place},tile=32", 4)) == 6
+    assert len(open_images(f"scenes:{place}", 4, size=64)) == 2
 
 
 def test_a_folder_is_opened_with_its_channels_and_range(both, asked):

@@ -240,4 +240,6 @@ def test_worker_death_is_told_for_a_batch_whose_sender_was_killed():
     assert worker_death(caught.value).startswith(
         "a loader process was killed, by the system perhaps"
     )
-    assert worker_death(ConnectionResetError("of a server")) is None
+    with pytest.raises(ConnectionResetError) as other:
+        raise ConnectionResetError("of a server")
+    assert worker_death(other.value) is None

@@ -146,6 +146,9 @@ def test_a_shard_that_can_not_be_fetched_is_not_one_without_images(tmp_path):
     assert [*Index.read(tmp_path / "index" / "index.json").shards] == ["000.tar"]
     with pytest.raises(ValueError, match=r"index\.json: .*list pipe:cat"):
         with_counts(places, tmp_path / "index" / "index.json")
+    with pytest.raises(OSError, match=r"2 shards .*exit status 1.*008\.tar"):
+        index_shards(places[1:], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_index_of_other_shards_is_not_replaced(tmp_path):
