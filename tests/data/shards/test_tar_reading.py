@@ -4,6 +4,7 @@ import io
 import json
 import lzma
 import random
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -201,11 +202,22 @@ def test_a_command_that_is_left_at_damage_is_not_blamed(tmp_path):
     assert "exit status" not in error.reason
 
 
-def test_pipes_are_shards_and_may_be_left_early(tmp_path):
+def test_pipes_are_shards_and_may_be_left_early(tmp_path, monkeypatch):
+    begun = []
+
+    def begin(*args, **kwargs):
+        begun.append(popen(*args, **kwargs))
+        return begun[-1]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", begin)
     path = write_shard(tmp_path / "a.tar", range(40))
     items = read_shard(Shard(f"pipe:cat {path}"))
     assert isinstance(next(items), Entry)
     items.close()
+    # Its process has ended, and is waited for.
+    (process,) = begun
+    assert process.returncode is not None
 
 
 def test_a_file_of_a_shard_that_says_it_is_huge_is_not_read(tmp_path):
