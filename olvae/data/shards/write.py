@@ -120,21 +120,18 @@ class ResumableShards:
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """:meth:`check`, remove half-written files of a killed run, then write the plan."""
-        # Looked for before the check: a plan that another part writes after it is checked below.
-        path = self._state / "plan.json"
-        planned = path.is_file()
         self.check(plan)
         if self.alone:
             self.remove_partials()
         self._state.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
-            if self.part is not None and not planned:
+            if self.part is not None:
                 # Parts may begin at once: one by one, so that each finds the plan of the first.
                 file = held.enter_context((self._state / "plan.lock").open("a", encoding="utf-8"))
                 with suppress(OSError):
                     lock_file(file, LOCK_S)
                 self.check(plan)
-            write_json(plan, path)
+            write_json(plan, self._state / "plan.json")
 
     @contextmanager
     def locked(self, command: str) -> Iterator[None]:
