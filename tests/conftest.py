@@ -189,24 +189,25 @@ def run_here(
     return results
 
 
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks, packs and indexes of shards read here: processes of a pool have their own tests."""
+def read_by(patch: pytest.MonkeyPatch, run: Callable[..., Any]) -> None:
+    """Let checks, packs and indexes of shards run their tasks by this function."""
     from olvae.data import audit, packing
     from olvae.data.shards import indexing
 
     for module in (audit, packing, indexing):
-        monkeypatch.setattr(module, "run_in_processes", run_here)
+        patch.setattr(module, "run_in_processes", run)
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks, packs and indexes of shards read here: processes of a pool have their own tests."""
+    read_by(monkeypatch, run_here)
 
 
 @pytest.fixture
 def processes(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They read in processes, in a file whose other tests have one."""
-    from olvae.data import audit, packing
-    from olvae.data.shards import indexing
-
-    for module in (audit, packing, indexing):
-        monkeypatch.setattr(module, "run_in_processes", run_in_processes)
+    read_by(monkeypatch, run_in_processes)
 
 
 @pytest.fixture
@@ -272,7 +273,7 @@ def one_width() -> dict[str, Any]:
     read.
     """
     node: dict[str, Any] = tiny_config()["model"]["params"]["encoder_config"]
-    node["params"] |= {"extractor_mult": [1], "aggregate_mult": [1]}
+    node["params"]["aggregate_mult"] = [1]
     return node
 
 
@@ -338,26 +339,12 @@ def tiny_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:
     }
 
 
-PLAIN_ENCODER = {
-    "packets": True,
-    "extractor_channels": 8,
-    "extractor_mult": [1],
-    "extractor_resblocks": 0,
-    "aggregate_channels": 8,
-    "aggregate_mult": [1],
-    "aggregate_resblocks": 0,
-    "image_size": 16,
-}
-"""The arguments of a LiteVAE_Encoder of two convolutions."""
-
-
 def plain_networks() -> dict[str, Any]:
     """A few convolutions, for what does not depend on the networks, as signals and checkpoints."""
+    encoder = one_width()
+    encoder["params"] |= {"packets": True, "extractor_resblocks": 0, "aggregate_resblocks": 0}
     return {
-        "encoder_config": {
-            "target": "olvae.modules.litevae.encoder_model.LiteVAE_Encoder",
-            "params": copy.deepcopy(PLAIN_ENCODER),
-        },
+        "encoder_config": encoder,
         "decoder_config": {
             "target": "olvae.modules.others.tiny.TinyDecoder",
             "params": {"channels": 8, "z_channels": 4, "blocks": [0, 0, 0, 0]},

@@ -18,14 +18,10 @@ from tests.export.latents import tiny_vae
 from tests.forks import fork_ranks
 
 
-def count_no_macs(patch: pytest.MonkeyPatch) -> None:
-    """Counting them was a quarter of the time of an evaluation of twelve small images."""
-    patch.setattr(round_trip, "count_macs", lambda *_, **__: 0)
-
-
 @pytest.fixture(autouse=True)
 def _no_macs(monkeypatch) -> None:
-    count_no_macs(monkeypatch)
+    """Counting them was a quarter of the time of an evaluation of twelve small images."""
+    monkeypatch.setattr(round_trip, "count_macs", lambda *_, **__: 0)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +43,6 @@ def run_once(*arguments: object) -> Ended:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
-        count_no_macs(patch)
         with (
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),

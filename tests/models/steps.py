@@ -49,6 +49,11 @@ def shallow() -> dict[str, Any]:
 SHALLOW = shallow()
 
 
+def build_shallow(adversary: dict | None = None, **model) -> LiteAutoencoderKL:
+    """As :func:`build`, of shallow networks."""
+    return build(adversary, **SHALLOW, **model)
+
+
 def build(adversary: dict | None = None, **model) -> LiteAutoencoderKL:
     """The autoencoder starts from the same weights with and without an adversary."""
     torch.manual_seed(0)

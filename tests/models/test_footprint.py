@@ -22,7 +22,7 @@ from olvae.models.parts.part import Step
 from olvae.models.updates.muon import is_matrix
 from olvae.modules.counting import count_parameters
 from tests.conftest import tiny_config
-from tests.models.steps import SHALLOW, WITHOUT_KL, against, build, kept, objective
+from tests.models.steps import SHALLOW, WITHOUT_KL, against, build, build_shallow, kept, objective
 
 
 def test_footprint_of_a_backward_pass_by_hand():
@@ -47,7 +47,7 @@ def really_kept(images: int) -> tuple[int, int]:
     """Bytes of the storages that autograd keeps of a real step's forward pass in float32,
     and its operations.
     """
-    model = build(**SHALLOW)
+    model = build_shallow()
     batch = torch.randint(0, 256, (images, 3, 16, 16), dtype=torch.uint8)
 
     def forward() -> torch.Tensor:
@@ -65,7 +65,7 @@ def really_kept(images: int) -> tuple[int, int]:
 @pytest.fixture(scope="module")
 def model() -> LiteAutoencoderKL:
     """The model that is measured once."""
-    return build(**SHALLOW)
+    return build_shallow()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def plain(model) -> Footprint:
 
 def test_footprint_is_what_autograd_keeps_of_a_real_step(model, plain):
     """The model is left as it is."""
-    before = dict(build(**SHALLOW).named_parameters())  # of the same seed
+    before = dict(build_shallow().named_parameters())  # of the same seed
     assert all(
         torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters()
     )
@@ -182,8 +182,8 @@ def test_footprint_counts_checkpointing_in_diffusers_networks():
 def test_footprint_has_the_operations_of_a_real_step_of_both_players():
     """Through Lightning, with what autograd really computes."""
     with FlopCounterMode(display=False) as counter:
-        time_steps(build(against(), **SHALLOW), 16, 4, 0, "cpu")
-    assert footprint(build(against(), **SHALLOW), 16, "32").flop == pytest.approx(
+        time_steps(build_shallow(against()), 16, 4, 0, "cpu")
+    assert footprint(build_shallow(against()), 16, "32").flop == pytest.approx(
         counter.get_total_flops() / 4, rel=0.01
     )
 

@@ -20,7 +20,7 @@ from olvae.modules.mixed_precision import compile_networks
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN, stop_power_iterations
 from tests.conftest import TINY_ENCODER
-from tests.models.steps import SHALLOW, Each, against, build, fit, metrics, snapshot, trainer
+from tests.models.steps import Each, against, build, build_shallow, fit, metrics, snapshot, trainer
 
 NARROW = {"channels": 8, "z_channels": 4, "channel_mult": (1, 1), "num_res_blocks": 0}
 
@@ -98,7 +98,7 @@ SETTINGS = {
 def test_compiled_training_is_training(image_folder, graphs, precision):
     plain, compiled = (
         fit(
-            build(against(**SETTINGS), compile=on, **SHALLOW),
+            build_shallow(against(**SETTINGS), compile=on),
             image_folder,
             2,
             batch_size=2,
@@ -213,10 +213,10 @@ def test_a_machine_without_a_compiler_trains_uncompiled(image_folder, monkeypatc
         raise RuntimeError("no C++ compiler found\nand much more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    model = build(**SHALLOW)
+    model = build_shallow()
     with caplog.at_level(logging.WARNING, "olvae"):
         assert not compile_networks([model.encoder], torch.device("cpu"))
     (record,) = caplog.records
     assert record.getMessage().endswith("because no compiler works here (no C++ compiler found)")
     assert model.encoder._compiled_call_impl is None
-    assert fit(build(compile=True, **SHALLOW), image_folder, 1).trainer.global_step == 1
+    assert fit(build_shallow(compile=True), image_folder, 1).trainer.global_step == 1

@@ -12,7 +12,7 @@ from olvae.training.callbacks import BadSteps, GracefulStop, Health
 from olvae.training.progress import StepProgress
 from olvae.training.saving import KeepCheckpoints
 from tests.conftest import parts
-from tests.models.steps import SHALLOW, UNETGAN, against, build
+from tests.models.steps import UNETGAN, against, build_shallow
 
 WAITS = (
     "aten._local_scalar_dense",  # a tensor's value becomes a number
@@ -62,10 +62,8 @@ def traced(tmp_path, size: int, **model) -> Waits:
         "image": torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8),
         "key": list("ab"),
     }
-    mode, module = (
-        Waits(),
-        build(gradient_clip_val=1.0, warmup_steps=2, use_ema=True, **SHALLOW, **model),
-    )
+    mode = Waits()
+    module = build_shallow(gradient_clip_val=1.0, warmup_steps=2, use_ema=True, **model)
     callbacks = [
         GracefulStop(),
         BadSteps(),

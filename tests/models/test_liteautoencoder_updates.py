@@ -15,13 +15,12 @@ from olvae.models import liteautoencoder
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.updates.nonfinite import NonFiniteGuard
 from olvae.models.updates.optimizers import mix_seeds
-from tests.models import steps
 from tests.models.steps import (
-    SHALLOW,
     UNETGAN,
     Each,
     against,
     assert_same,
+    build_shallow,
     fit,
     metrics,
     moved,
@@ -30,18 +29,13 @@ from tests.models.steps import (
 )
 
 
-def build(adversary: dict | None = None, **model) -> LiteAutoencoderKL:
-    """Of shallow networks."""
-    return steps.build(adversary, **SHALLOW, **model)
-
-
 def test_accumulation_equals_a_larger_batch_for_both_optimizers(image_folder, updates):
     """3 x 1 images give the gradients of 3; in float64, because hinge and ReLU turn a rounding
     into a jump.
     """
     settings = {"sample_posterior": False}
-    small = build(against(UNETGAN, weight=0.5), accumulate_grad_batches=3, **settings)
-    large = build(against(UNETGAN, weight=0.5), **settings)
+    small = build_shallow(against(UNETGAN, weight=0.5), accumulate_grad_batches=3, **settings)
+    large = build_shallow(against(UNETGAN, weight=0.5), **settings)
     for model in (small, large):
         model.images = lambda batch: from_uint8(batch["image"]).double()
         torch.manual_seed(1)
@@ -72,7 +66,7 @@ def test_logged_losses_are_means_over_the_micro_batches(image_folder, updates_pe
     """Of the update that logs alone, and of the discriminator's last one in it."""
     logged = []
     for k in (3, 1):
-        model = build(
+        model = build_shallow(
             against(UNETGAN, weight=0.5, updates_per_step=updates_per_step),
             accumulate_grad_batches=k,
             sample_posterior=False,
@@ -134,7 +128,7 @@ def guarded_step(step: int) -> list[tuple[str, object]]:
 
 
 def test_several_updates_of_the_discriminator_a_step(image_folder, updates):
-    model, counts = build(against(updates_per_step=3), accumulate_grad_batches=2), []
+    model, counts = build_shallow(against(updates_per_step=3), accumulate_grad_batches=2), []
     calls, lasts, backward = spy_on(model.guard), [], model._backward
     model.__dict__["_backward"] = lambda player, loss, last: (
         lasts.append((player, last)),
@@ -174,7 +168,10 @@ def test_further_discriminator_updates_have_gradients_of_their_own(image_folder,
     """The second update of a step equals a first one from the weights after it,
     on the same images.
     """
-    model, second = build(against(UNETGAN, updates_per_step=2)), build(against(UNETGAN))
+    model, second = (
+        build_shallow(against(UNETGAN, updates_per_step=2)),
+        build_shallow(against(UNETGAN)),
+    )
     between = {}
 
     def look(module, inputs):
@@ -192,8 +189,8 @@ def test_further_discriminator_updates_have_gradients_of_their_own(image_folder,
 
 
 def test_clipping_applies_to_both_sides_each_by_its_own_norm(image_folder, updates):
-    free = fit(build(against(weight=1.0)), image_folder, 1)
-    clipped = fit(build(against(weight=1.0), gradient_clip_val=1e-3), image_folder, 1)
+    free = fit(build_shallow(against(weight=1.0)), image_folder, 1)
+    clipped = fit(build_shallow(against(weight=1.0), gradient_clip_val=1e-3), image_folder, 1)
     values = metrics(clipped)
     names = {"autoencoder": "train/grad_norm", "adversary": "train/grad_norm_discriminator"}
     for part, name in names.items():
@@ -210,7 +207,7 @@ def test_learning_rates_and_betas_of_both_optimizers(image_folder, updates):
         "min_lr_factor": 0.5,
         "learning_rate": 1e-2,
     }
-    model = build(
+    model = build_shallow(
         against(learning_rate_ratio=0.25, betas=[0.1, 0.7]), betas=[0.6, 0.95], **schedule
     )
     fit(model, image_folder, 4, batch_size=1)
@@ -223,7 +220,7 @@ def test_learning_rates_and_betas_of_both_optimizers(image_folder, updates):
 
 @pytest.mark.parametrize("start_step", [0, 3])
 def test_the_discriminators_rate_follows_the_schedule_whenever_it_begins(image_folder, start_step):
-    model = build(
+    model = build_shallow(
         against(start_step=start_step, learning_rate_ratio=2.0),
         scheduler="cosine",
         learning_rate=1e-3,
@@ -239,13 +236,15 @@ def test_the_discriminators_rate_follows_the_schedule_whenever_it_begins(image_f
 
 
 def test_without_warm_up_the_discriminators_first_update_has_its_whole_rate(image_folder, updates):
-    model = build(against(learning_rate_ratio=2.0), learning_rate=1e-3)
+    model = build_shallow(against(learning_rate_ratio=2.0), learning_rate=1e-3)
     fit(model, image_folder, 2)
     assert [u.lr for u in updates.of(model.adversary)] == pytest.approx([2e-3, 2e-3])
 
 
 def test_the_discriminators_warm_up_stays_below_the_schedule(image_folder, updates):
-    model = build(against(start_step=4), scheduler="cosine", warmup_steps=3, learning_rate=1e-3)
+    model = build_shallow(
+        against(start_step=4), scheduler="cosine", warmup_steps=3, learning_rate=1e-3
+    )
     fit(model, image_folder, 9, batch_size=1)
     ours, theirs = (
         [u.lr for u in updates.of(side)] for side in (model.autoencoder, model.adversary)
@@ -299,13 +298,13 @@ def test_loss_scale_changes_no_weights(image_folder, name):
     adversary, settings = SCALED_RUNS[name]
     adversary = {"weight": 0.5, **adversary}
     every = {"batch_size": 2, "log_every_n_steps": 1}
-    plain = fit(build(against(**adversary), **settings), image_folder, 2, **every)
+    plain = fit(build_shallow(against(**adversary), **settings), image_folder, 2, **every)
     plugin = Scaled(init_scale=2.0**10, growth_interval=1)
     scaled = fit(
-        build(against(**adversary), **settings), image_folder, 2, plugins=[plugin], **every
+        build_shallow(against(**adversary), **settings), image_folder, 2, plugins=[plugin], **every
     )
     assert_same(snapshot(plain), snapshot(scaled))
-    assert moved(snapshot(build(against(**adversary))), snapshot(scaled))
+    assert moved(snapshot(build_shallow(against(**adversary))), snapshot(scaled))
     one, other = metrics(plain), metrics(scaled)
     assert one == pytest.approx(other, rel=1e-5)
     # A batch on which the discriminator learns alone.
@@ -318,7 +317,7 @@ def test_loss_scale_changes_no_weights(image_folder, name):
 @pytest.mark.parametrize(("side", "clip"), [("autoencoder", 1.0), ("adversary", None)])
 def test_an_overflow_on_one_side_skips_the_step_and_lowers_the_scale(image_folder, side, clip):
     plugin = Scaled(init_scale=2.0**10)
-    model = build(against(weight=0.5), gradient_clip_val=clip)
+    model = build_shallow(against(weight=0.5), gradient_clip_val=clip)
     overflow, history = {"now": True}, [snapshot(model)]
     victim = next(p for p in getattr(model, side).parameters())
     victim.register_hook(lambda g: g * float("inf") if overflow["now"] else g)
@@ -344,7 +343,7 @@ def test_an_overflow_on_one_side_skips_the_step_and_lowers_the_scale(image_folde
 
 
 def test_fp16_overflow_in_the_adaptive_weight_is_one(image_folder):
-    model = build(against(weight=0.5, adaptive_weight=True))
+    model = build_shallow(against(weight=0.5, adaptive_weight=True))
     before = snapshot(model)
     # The gradients are finite, their norm is not.
     fit(model, image_folder, 1, plugins=[Scaled(init_scale=2.0**120)])
@@ -354,7 +353,7 @@ def test_fp16_overflow_in_the_adaptive_weight_is_one(image_folder):
 
 
 def test_non_finite_gradients_below_a_loss_scale_of_one_are_no_overflow(image_folder):
-    model = build(gradient_clip_val=1.0)
+    model = build_shallow(gradient_clip_val=1.0)
     next(model.autoencoder.parameters()).register_hook(lambda g: g * float("inf"))
     fit(model, image_folder, 2, plugins=[Scaled(init_scale=2.0)])
     assert [step.overflow for step in model.guard.collect()] == [True, False]
@@ -369,7 +368,7 @@ def test_noise_seeds_are_each_batchs_and_processes_own_and_shared_draws_the_step
     monkeypatch.setattr(
         liteautoencoder, "count_batches", lambda _, batches: counted.append(batches)
     )
-    model, noise, shared = build(accumulate_grad_batches=2), [], []
+    model, noise, shared = build_shallow(accumulate_grad_batches=2), [], []
     model.seed, forward = 3, model.forward_pass
     model.forward_pass = lambda s: (
         noise.append(torch.initial_seed()),
@@ -387,7 +386,7 @@ def test_noise_seeds_are_each_batchs_and_processes_own_and_shared_draws_the_step
 
 
 def test_schedule_ends_at_decay_steps(image_folder, updates):
-    model = build(scheduler="cosine", decay_steps=2, min_lr_factor=0.5, learning_rate=1e-2)
+    model = build_shallow(scheduler="cosine", decay_steps=2, min_lr_factor=0.5, learning_rate=1e-2)
     fit(model, image_folder, 4, log_every_n_steps=0)
     assert [u.lr for u in updates.of(model.autoencoder)] == pytest.approx(
         [1e-2, 0.75e-2, 0.5e-2, 0.5e-2]
@@ -397,7 +396,7 @@ def test_schedule_ends_at_decay_steps(image_folder, updates):
 
 def test_the_discriminators_values_are_logged_though_few_steps_have_them():
     """By what they show: health, or a loss of training."""
-    model, reported, observed, passed = build(), [], [], []
+    model, reported, observed, passed = build_shallow(), [], [], []
     values = {name: torch.tensor(1.0) for name in ("discriminator", "accuracy", "logits_real")}
     loss = torch.tensor(2.0)
     adversary = SimpleNamespace(discriminator_loss=lambda *pair: (loss, {**values, "pair": pair}))

@@ -1,5 +1,9 @@
 """The fixtures of commands and of trainings, for what crosses files."""
 
+from pathlib import Path
+
+import pytest
+
 from tests.cli.conftest import (
     _warned_of_nothing,
     config,
@@ -30,3 +34,11 @@ __all__ = [
     "under",
     "updates",
 ]
+
+
+@pytest.fixture
+def four_images(image_folder) -> Path:
+    """A folder of four pictures."""
+    for path in sorted(image_folder.rglob("*.png"))[4:]:
+        path.unlink()
+    return image_folder

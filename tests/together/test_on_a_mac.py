@@ -125,11 +125,9 @@ def test_evaluate_on_a_mac(on_both, target, image_folder, weights_dir):
         assert {**one, "cost": None} == {**other, "cost": None}
 
 
-def test_encode_decode_and_latents_on_a_mac(on_both, done, target, image_folder, tmp_path):
+def test_encode_decode_and_latents_on_a_mac(on_both, done, target, four_images, tmp_path):
     """Whole, in strips, and what is measured of latents."""
-    for path in sorted(image_folder.rglob("*.png"))[4:]:
-        path.unlink()
-    data = ("--data", image_folder)
+    data = ("--data", four_images)
     whole = on_both("encode", target, *data, "--size", 16, "--out")
     assert everything(whole[0]) == everything(whole[1])
     assert everything(on_both("decode", target, whole[0], "--out")[1])

@@ -1,7 +1,5 @@
 """Precisions of commands: who computes convolutions without TF32, by torch's settings in each."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,14 +8,6 @@ from olvae.cli.options import PRECISION_NAMES
 from tests.conftest import plain_config
 
 DEFAULT = (True, False)  # torch's: convolutions in TF32, products in float32
-
-
-@pytest.fixture
-def four_images(image_folder) -> Path:
-    """A folder of four pictures."""
-    for path in sorted(image_folder.rglob("*.png"))[4:]:
-        path.unlink()
-    return image_folder
 
 
 @pytest.fixture

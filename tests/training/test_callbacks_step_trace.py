@@ -16,8 +16,6 @@ def test_profile_traces_steps(train_with, image_folder, capfd):
     """A traced step is an update, of two batches here."""
     run = train_with(
         "lightning.trainer.accumulate_grad_batches=2",
-        "model.params.encoder_config.params.extractor_resblocks=0",
-        "model.params.encoder_config.params.aggregate_resblocks=0",
         f"lightning.trainer.max_steps={UNTRACED + 3}",
         config=plain_config(image_folder),
         profile=2,

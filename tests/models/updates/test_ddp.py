@@ -20,11 +20,10 @@ from olvae.modules.patchgan import PatchGAN
 from tests.forks import fork_each
 from tests.models.steps import (
     PATCHGAN,
-    SHALLOW,
     WITHOUT_KL,
     against,
     assert_same,
-    build,
+    build_shallow,
     snapshot,
     trainer,
 )
@@ -62,7 +61,7 @@ class Counting(PlayersStrategy):
 
 
 def train(strategy, adversary=None, batches: int = 2, **model):
-    module = build(adversary, **SHALLOW, **model)
+    module = build_shallow(adversary, **model)
     batch = {"image": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)}
     quiet = {"limit_val_batches": 0, "log_every_n_steps": 0}
     trainer(-1, max_epochs=1, devices=1, strategy=strategy, **quiet).fit(
@@ -172,7 +171,7 @@ def test_bfloat16_on_the_wire_of_two_processes_is_the_mean_but_for_its_rounding(
         for hook in hooks:
             strategy = PlayersStrategy(ddp_comm_hook=hook)
             trainer(1, devices=2, strategy=strategy, limit_val_batches=0).fit(
-                build(against(), **SHALLOW), repeat(batch, 1)
+                build_shallow(against()), repeat(batch, 1)
             )
         found = [
             torch.cat([g.flatten() for u in half for g in u.gradients])

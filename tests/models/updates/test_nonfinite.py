@@ -11,16 +11,10 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.updates.averaging import find_average
 from olvae.models.updates.nonfinite import BadStep, NonFiniteGuard
 from tests.forks import fork_ranks
-from tests.models import steps
-from tests.models.steps import SHALLOW, Each, against, assert_same, fit
+from tests.models.steps import Each, against, assert_same, build_shallow, fit
 
 EVERYTHING = {"weight": 0.5, "lecam_weight": 0.1}
 BAD = 1  # the iteration that is spoilt, between two good ones
-
-
-def build(adversary: dict | None = None, **model) -> LiteAutoencoderKL:
-    """Of shallow networks."""
-    return steps.build(adversary, **SHALLOW, **model)
 
 
 class Before(pl.Callback):
@@ -108,7 +102,9 @@ def test_a_bad_step_changes_nothing(image_folder, case):
     """BatchNorm's and LeCam's buffers are moved by the forward passes before anything is known."""
     spoil, term = CASES[case]
     clip = 1.0 if "gradient" in case else None
-    model = build(against(**EVERYTHING), use_ema=True, ema_decay=0.5, gradient_clip_val=clip)
+    model = build_shallow(
+        against(**EVERYTHING), use_ema=True, ema_decay=0.5, gradient_clip_val=clip
+    )
     spoil(model)
     before = Before()
     fit(model, image_folder, 4, callbacks=[before])
@@ -134,7 +130,7 @@ def test_a_bad_step_changes_nothing(image_folder, case):
 
 
 def test_one_micro_batch_spoils_the_update_and_is_named(image_folder):
-    model = build(accumulate_grad_batches=2, use_ema=True)
+    model = build_shallow(accumulate_grad_batches=2, use_ema=True)
     spoil_losses(model, "kl", math.nan, micro_batch=1)
     before, keys = Before(), []
     whole = model.guard.begin_micro_batch
@@ -147,7 +143,7 @@ def test_one_micro_batch_spoils_the_update_and_is_named(image_folder):
 
 def test_a_bad_update_of_several_of_the_discriminator(image_folder):
     """It alone is undone: what is left is a step with one update."""
-    model = build(
+    model = build_shallow(
         against(updates_per_step=2, **EVERYTHING), use_ema=True, accumulate_grad_batches=2
     )
     calls, keys = [], []
@@ -167,13 +163,13 @@ def test_a_bad_update_of_several_of_the_discriminator(image_folder):
     assert (first.term, first.whole, first.keys) == ("the discriminator's loss", False, keys[0])
     assert second is None
     assert all(t.isfinite().all() for t in state(model).values())
-    single = build(against(**EVERYTHING), use_ema=True, accumulate_grad_batches=2)
+    single = build_shallow(against(**EVERYTHING), use_ema=True, accumulate_grad_batches=2)
     fit(single, image_folder, 2, batch_size=2, callbacks=[once])
     assert_same(before.history[2], once.history[2])
 
 
 def test_after_a_bad_first_update_further_ones_are_skipped(image_folder):
-    model = build(against(updates_per_step=2, **EVERYTHING), use_ema=True)
+    model = build_shallow(against(updates_per_step=2, **EVERYTHING), use_ema=True)
     spoil_losses(model, "kl", math.nan)
     before = Before()
     fit(model, image_folder, 3, callbacks=[before])
@@ -183,7 +179,7 @@ def test_after_a_bad_first_update_further_ones_are_skipped(image_folder):
 
 
 def test_a_bad_step_in_the_discriminators_warm_up(image_folder):
-    model = build(against(warmup_updates=3, **EVERYTHING))
+    model = build_shallow(against(warmup_updates=3, **EVERYTHING))
     spoil_discriminator(model, "discriminator", math.nan)
     history = []
 

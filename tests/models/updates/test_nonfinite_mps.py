@@ -6,8 +6,8 @@ import torch
 from olvae.models.updates.nonfinite import NonFiniteGuard
 from olvae.models.updates.optimizers import OPTIMIZERS, make_optimizer
 from tests.mac import emulated_mac
-from tests.models.steps import against, assert_same, fit
-from tests.models.updates.test_nonfinite import BAD, CASES, EVERYTHING, Before, build
+from tests.models.steps import against, assert_same, build_shallow, fit
+from tests.models.updates.test_nonfinite import BAD, CASES, EVERYTHING, Before
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,9 @@ def mac(monkeypatch):
 @pytest.mark.parametrize("case", ["a loss is nan", pytest.param("LeCam", marks=pytest.mark.slow)])
 def test_a_bad_step_changes_nothing_on_mps(image_folder, case, precision, optimizer):
     spoil, term = CASES[case]
-    model = build(against(**EVERYTHING), use_ema=True, gradient_clip_val=1.0, optimizer=optimizer)
+    model = build_shallow(
+        against(**EVERYTHING), use_ema=True, gradient_clip_val=1.0, optimizer=optimizer
+    )
     spoil(model)
     before = Before()
     fit(model, image_folder, 4, callbacks=[before], accelerator="mps", precision=precision)
