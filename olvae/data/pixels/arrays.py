@@ -194,10 +194,13 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
         # Its bands are the last axis or the first one.
         axes = whole[0].axes
         shape = whole[0].shape
-        if axes == "YXS" or (axes[:2] == "YX" and shape[2:] == (1,)):
+        if axes == "YXS":
             bands_last = True
         elif axes[-2:] == "YX" and len(axes) in (2, 3):
             bands_last = len(axes) == 2
+        elif tiff.is_shaped and len(whole[0].pages) == 1:
+            # An axis of length 1 that tifffile's own writer left, such as YXQ: the page has none.
+            return _tiff(file, check, is_shaped=False)
         else:
             raise ValueError(
                 f"its axes are {axes}: expected one image with bands, or a page for each band; "

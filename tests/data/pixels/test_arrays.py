@@ -69,14 +69,30 @@ EXACT: dict[str, tuple[bytes, np.ndarray]] = {
     "written one by one.tif": (tiff_of_pages(PLANES), BANDS),
 }
 
-PAGES = {"pages13.tif": 13, "written one by one.tif": 13, "two pages.tif": 2}
+NARROW = {
+    # tifffile names an axis of length 1 as it likes: YQX, YXQ, QYXQ.
+    "one column.tif": (tiff(U16[:, :1, :1]), U16[:, :1, :1]),
+    "one row.tif": (tiff(U16[:1, :, :1]), U16[:1, :, :1]),
+    "four axes.tif": (tiff(U16[None, ..., :1]), U16[..., :1]),
+    "named axes.tif": (tiff(BANDS, planarconfig="contig", metadata={"axes": "YXC"}), BANDS),
+    "column of pages.tif": (tiff(PLANES[..., :1], metadata=None), BANDS[:, :1]),
+    "row of pages.tif": (tiff(PLANES[:, :1]), BANDS[:1]),
+}
+
+PAGES = {
+    "pages13.tif": 13,
+    "written one by one.tif": 13,
+    "two pages.tif": 2,
+    "column of pages.tif": 13,
+    "row of pages.tif": 13,
+}
 
 WIDE = PixelRange.from_node([-40_000, 70_000])
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", [*EXACT, *NARROW])
 def test_read_array_gives_files_back_bit_for_bit(name, tmp_path):
-    content, expected = EXACT[name]
+    content, expected = {**EXACT, **NARROW}[name]
     (tmp_path / name).write_bytes(content)
     for source in (content, tmp_path / name):
         array, nodata, pages = read_array(source, expected.shape[2])
@@ -173,6 +189,8 @@ REFUSED = {
         ),
         "it names 3000 smaller images",
     ),
+    # Such pages are no planes of one image, though their last axis has the length 1.
+    "pages of pages.tif": (tiff(U16[None, :2, ..., None]), r"its axes are \w+Q: expected one image"),
     "pages of colour.tif": (tiff(np.stack((U16, U16)), "rgb"), r"its axes are \w+YXS"),
     "doubles.npy": (npy(F32.astype(float)), "got float64"),
     "claims.npy": (npy(U16).replace(b"(20, 24, 3)", b"(9999,9999,3)"), "values, more than 256 Mi"),
