@@ -183,10 +183,13 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
         whole = [
             one for one in tiff.series if not (one.keyframe.is_reduced or one.keyframe.is_mask)
         ]
+        # tifffile's own writer describes each page as an image, or a page by axes that it does not
+        # have, such as YXQ: read pages.
+        one_page = len(whole) == 1 and len(whole[0].pages) == 1
+        described = one_page and whole[0].axes not in ("YX", "YXS", "SYX")
+        if tiff.is_shaped and (described or len(whole) != 1):
+            return _tiff(file, check, is_shaped=False)
         if len(whole) != 1:
-            # tifffile's own writer describes each page as an image: read them as pages.
-            if tiff.is_shaped:
-                return _tiff(file, check, is_shaped=False)
             raise ValueError(
                 f"it holds {len(whole)} images, not one: save each in a file of its own"
             )
@@ -198,9 +201,6 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
             bands_last = True
         elif axes[-2:] == "YX" and len(axes) in (2, 3):
             bands_last = len(axes) == 2
-        elif tiff.is_shaped and len(whole[0].pages) == 1:
-            # An axis of length 1 that tifffile's own writer left, such as YXQ: the page has none.
-            return _tiff(file, check, is_shaped=False)
         else:
             raise ValueError(
                 f"its axes are {axes}: expected one image with bands, or a page for each band; "

@@ -15,7 +15,7 @@ from olvae.data.volumes.volume import (
     check_shape,
     to_stored,
 )
-from olvae.files import atomic_write
+from olvae.files import atomic_write, file_state
 
 # Fields of a header that say where another file's values are.
 DETACHED = ("data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip")
@@ -23,6 +23,8 @@ PACKED_ENCODINGS = ("gzip", "gz", "bzip2", "bz2")
 READ_ENCODINGS = ("raw", *PACKED_ENCODINGS)
 IN_SPACE = ("domain", "space")
 SEVERAL = "its values are in several files: save them in one"
+# Of a file's values: pynrrd's words, and NumPy's where packed ones end within a value.
+WRONG_LENGTH = ("Size of the data", "element size")
 
 
 class Nrrd(Volume):
@@ -43,9 +45,10 @@ class Nrrd(Volume):
         values_file = header.get("data file", header.get("datafile"))
         if "LIST" in str(values_file):
             raise ValueError(SEVERAL)
-        data = path if values_file is None else path.parent / str(values_file)
+        self.values_file = path if values_file is None else path.parent / str(values_file)
         least = np.dtype(np.uint8)  # of bytes a value
-        check_bytes(data, int(np.prod(self.shape)), least, header["encoding"] in PACKED_ENCODINGS)
+        packed = header["encoding"] in PACKED_ENCODINGS
+        check_bytes(self.values_file, int(np.prod(self.shape)), least, packed)
 
         # Steps along the axes and the origin, in millimetres.
         self.affine = np.eye(4)
@@ -70,13 +73,26 @@ class Nrrd(Volume):
                 raise ValueError(f"its header has no {field}")
         return found
 
+    def state(self) -> str:
+        """As of any volume; also of the file beside its header."""
+        files = [self.path]
+        if self.values_file != self.path:
+            files.append(self.values_file)
+        return "\n".join(file_state(file) for file in files)
+
     def read(self) -> Array:
         nrrd = import_extra("nrrd", "pynrrd", "reading NRRD")
         try:
             values, _ = nrrd.read(str(self.path))
-        except ValueError as error:
-            cut = "reshape" in str(error)
-            raise ValueError("the file ends before its values" if cut else str(error)) from error
+        except (ValueError, nrrd.NRRDError) as error:
+            if not any(words in str(error) for words in WRONG_LENGTH):
+                raise
+            claimed = f"{int(np.prod(self.shape))} values of type {self.header()['type']}"
+            size = self.values_file.stat().st_size
+            raise ValueError(
+                f"its header claims {claimed}, and {self.values_file.name} has {size} bytes: "
+                "it was cut off perhaps: copy it again"
+            ) from error
         check_dtype(values.dtype)
         array: Array = values.reshape(self.shape[::-1]).T
         return array

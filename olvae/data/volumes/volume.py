@@ -183,7 +183,7 @@ def check_bytes(path: Path, values: int, dtype: np.dtype[Any], packed: bool) -> 
     if values * dtype.itemsize > size * (MOST_UNPACKED if packed else 1):
         raise ValueError(
             f"the file ends before its values: its header claims {values} of {dtype}, "
-            f"and it has {size} bytes"
+            f"and it has {size} bytes: copy it again"
         )
 
 

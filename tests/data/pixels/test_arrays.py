@@ -190,7 +190,10 @@ REFUSED = {
         "it names 3000 smaller images",
     ),
     # Such pages are no planes of one image, though their last axis has the length 1.
-    "pages of pages.tif": (tiff(U16[None, :2, ..., None]), r"its axes are \w+Q: expected one image"),
+    "pages of pages.tif": (
+        tiff(U16[None, :2, ..., None]),
+        r"its axes are \w+Q: expected one image",
+    ),
     "pages of colour.tif": (tiff(np.stack((U16, U16)), "rgb"), r"its axes are \w+YXS"),
     "doubles.npy": (npy(F32.astype(float)), "got float64"),
     "claims.npy": (npy(U16).replace(b"(20, 24, 3)", b"(9999,9999,3)"), "values, more than 256 Mi"),

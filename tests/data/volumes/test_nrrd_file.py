@@ -4,8 +4,10 @@ import nrrd
 import numpy as np
 import pytest
 
+from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.read_errors import UnreadableImageError
-from olvae.data.volumes.volume_source import open_volume
+from olvae.data.volumes.volume_source import VolumeSlices, open_volume
+from olvae.files import file_state
 from tests.data.volumes.scans import AFFINE, hounsfield, nrrd_file, whole
 
 
@@ -108,14 +110,62 @@ def test_values_are_beside_a_header_or_missing(tmp_path):
     # Cut off, after the header or before as many bytes as values.
     (tmp_path / "a.raw").write_bytes(values.tobytes()[:200])
     (tmp_path / "c.nhdr").write_text(f"{HEADER}data file: a.raw\n")
-    with pytest.raises(UnreadableImageError, match="Size of the data does not equal"):
+    wanted = "claims 144 values of type short, and a.raw has 200 bytes: .*: copy it again$"
+    with pytest.raises(UnreadableImageError, match=wanted):
         open_volume(tmp_path / "c.nhdr").slices(0, 0)
     (tmp_path / "a.raw").write_bytes(values.tobytes()[:143])
-    with pytest.raises(UnreadableImageError, match="the file ends before its values: its header"):
+    wanted = "ends before its values: its header claims 144 .* it has 143 bytes: copy it again$"
+    with pytest.raises(UnreadableImageError, match=wanted):
         open_volume(tmp_path / "a.nhdr")
     zeros = str(tmp_path / "b.nrrd")
     nrrd.write(zeros, np.zeros((64, 64, 16), np.int16), {"encoding": "gzip"})
     assert open_volume(tmp_path / "b.nrrd").shape == (16, 64, 64)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gzip", "bzip2"])
+def test_a_file_that_was_cut_off_gets_one_line_wherever_it_ends(tmp_path, encoding):
+    noise = np.random.default_rng(0).integers(0, 1000, (9, 8, 2)).astype(np.int16)
+    whole_file = tmp_path / "whole.nrrd"
+    nrrd.write(str(whole_file), noise, {"encoding": encoding})
+    content = whole_file.read_bytes()
+    for number, end in enumerate((-40, -41, -42)):
+        # Each with its own name, as volumes that were read are kept.
+        path = tmp_path / f"{number}.nrrd"
+        path.write_bytes(content[:end])
+        size = len(content) + end
+        wanted = f"claims 144 values of type int16, and {path.name} has {size} bytes: .* again$"
+        with pytest.raises(UnreadableImageError, match=wanted):
+            open_volume(path).slices(0, 0)
+
+
+def test_other_errors_of_pynrrd_keep_their_words(tmp_path):
+    (tmp_path / "a.nrrd").write_text(f"{HEADER}line skip: -1\n\n" + "x" * 400)
+    with pytest.raises(UnreadableImageError, match="Invalid lineskip"):
+        open_volume(tmp_path / "a.nrrd").slices(0, 0)
+
+
+def test_the_state_is_also_of_the_file_beside_a_header(tmp_path):
+    values = np.arange(9 * 8 * 2, dtype="<i2")
+    path = tmp_path / "a.nhdr"
+    beside = tmp_path / "a.raw"
+    path.write_text(f"{HEADER}data file: a.raw\n")
+    beside.write_bytes(values.tobytes())
+    volume = open_volume(path)
+    assert volume.state() == f"{file_state(path)}\n{file_state(beside)}"
+    np.testing.assert_array_equal(whole(volume), values.reshape(2, 8, 9))
+
+    # It is written anew: its values are read again, and a pass over them is another one.
+    known = VolumeSlices([volume], PixelRange.from_node([0, 200]))
+    states = (known.state(0), known.identity(0))
+    beside.write_bytes((values + 1).tobytes() + b"x")
+    other = VolumeSlices([volume], PixelRange.from_node([0, 200]))
+    assert other.state(0) != states[0]
+    assert other.identity(0) != states[1]
+    np.testing.assert_array_equal(whole(volume), values.reshape(2, 8, 9) + 1)
+
+    # A file with its header is one.
+    single = nrrd_file(tmp_path / "b.nrrd")
+    assert open_volume(single).state() == file_state(single)
 
 
 def test_more_axes_than_three_in_space_are_refused(tmp_path):
