@@ -343,25 +343,28 @@ class _Reader:
     def _whole(self, own: Sequence[Shard], others: Sequence[Shard]) -> Iterator[Entry]:
         """Yield the entries of shards with unknown counts; each brings the errors met before it.
 
-        If none of the process's own shards gives an image, the first other one that does is taken.
+        The last one also brings those after it: an entry is kept until the next one is read. If
+        none of the process's own shards gives an image, the first other one that does is taken.
         """
         errors: list[ReadError] = []
-        read = False
+        last: Entry | None = None
         for number, shard in enumerate(chain(own, others)):
-            if read and number >= len(own):
-                return
+            if last and number >= len(own):
+                break
             for entry in self.source.entries(shard):
                 if isinstance(entry, ReadError):
                     errors.append(entry)
-                else:
-                    yield entry._replace(errors=tuple(errors))
-                    errors = []
-                    read = True
-        if not read:
+                    continue
+                if last:
+                    yield last
+                last = entry._replace(errors=tuple(errors))
+                errors = []
+        if not last:
             reasons = "; ".join(f"{error.name}: {error.reason}" for error in errors)
             raise ValueError(
                 f"none of the {len(own) + len(others)} shards could be read: {reasons}"
             )
+        yield last._replace(errors=(*last.errors, *errors))
 
     def _entries(
         self, shards: Sequence[Shard], one: Round, first: int, last: int

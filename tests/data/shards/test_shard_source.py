@@ -485,6 +485,32 @@ def test_a_process_whose_shards_have_no_images_takes_one_of_another(shards):
         list(reader._whole([empty], [empty, empty]))
 
 
+def test_errors_after_an_epochs_last_image_come_with_it(shards):
+    """And errors before it stay where they are."""
+    empty = Shard(str(write_tar(shards / "empty.tar", [("a.txt", b"x")])))
+    a, b = (Shard(str(shards / "shards" / f"00{number}.tar")) for number in (0, 1))
+    reader = shard_source._Reader(unknown(shards), 0, LoaderProcess())
+    nothing = ReadError(empty.url, "no images in it", lost=False)
+    entries = list(reader._whole([empty, a, empty, empty], [b]))
+    assert [entry.key[:3] for entry in entries] == ["000"] * 5
+    assert [entry.errors for entry in entries] == [(nothing,), (), (), (), (nothing, nothing)]
+
+    # A shard that is cut off in its third image, as the epoch's last one and as its first one.
+    for path in (shards / "shards").iterdir():
+        if path.name != "000.tar":
+            path.unlink()
+    cut = shards / "shards" / "cut.tar"
+    content = Path(a.url).read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    images = len(list(reader._whole([Shard(str(cut))], []))) + 5
+    for seed in range(4):
+        samples = islice(unknown(shards).stream(seed, 0, LoaderProcess()), images)
+        errors = [error for sample in samples for error in sample.errors]
+        assert [error.name for error in errors] == [f"pipe:cat {cut}"]
+    orders = [np.random.default_rng((seed, 0, 1)).permutation(2)[1] for seed in range(4)]
+    assert set(orders) == {0, 1}
+
+
 def test_unknown_images_are_whole_shards_in_blocks(shards):
     """Written down again by hand, as of one process: from the first epoch and block on."""
     laid = []
