@@ -28,7 +28,7 @@ EMPTY_SHELLS = re.compile(
     r"(lightning|lightning_fabric|numpy|omegaconf|pytorch_lightning|typing)\..+"
     r"|(builtins|collections)\.(bool|defaultdict|dict|float|int|list|str|tuple)"
 )
-"""Objects that trainers leave beside the weights: read as empty dictionaries."""
+"""Objects that trainers leave beside the weights: read as empty, but for a defaultdict."""
 
 # Pickles name this class, and never call it: it would allocate.
 STORAGE = "torch.storage.UntypedStorage"

@@ -6,6 +6,7 @@ import struct
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -312,13 +313,15 @@ def test_every_tensor_of_a_file_counts_to_its_size_once(tmp_path, monkeypatch):
 
 
 def test_classes_in_a_checkpoint_become_empty_ones(tmp_path):
-    """Those that trainers leave, under their names."""
-    torch.save({"a": ONE, "counts": defaultdict(list)}, tmp_path / "a.ckpt")
+    """Those that trainers leave, under their names; a defaultdict keeps what it holds."""
+    counts = defaultdict(list, {"b": [1, TWO]})
+    torch.save({"a": ONE, "counts": counts, "dtype": np.dtype("f4")}, tmp_path / "a.ckpt")
     content = read_checkpoint(tmp_path / "a.ckpt")
     assert content["a"] == ONE
-    kind = type(content["counts"])
-    assert (kind.__name__, kind.__module__) == ("defaultdict", "collections")
-    assert kind is not defaultdict
+    kind = type(content["dtype"])
+    assert (kind.__name__, kind.__module__, content["dtype"]) == ("dtype", "numpy", {})
+    assert type(content["counts"]) is dict
+    assert content["counts"] == {"b": [1, TWO]}
 
 
 def test_a_known_file_of_an_old_torch_is_read(tmp_path):

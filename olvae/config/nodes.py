@@ -62,6 +62,9 @@ SET_BY_TRAINING = {
 """Arguments of Lightning's Trainer that this package sets, and the setting to use instead."""
 
 
+OTHER_NAMES = {"upscale": "enlarge"}
+"""Names that people give to arguments which are called otherwise here, too unlike to be near."""
+
 ADDRESS = "https://github.com/open-litevae/open-litevae"  # the package is on no index
 
 TRAIN = (
@@ -118,7 +121,7 @@ def missing_package(error: BaseException | None) -> str | None:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """End a message on an unknown name: "; did you mean X?", or nothing if no name is near."""
-    matches = difflib.get_close_matches(name, known)
+    matches = difflib.get_close_matches(OTHER_NAMES.get(name, name), known)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 

@@ -224,8 +224,13 @@ class Photo:
 
     @property
     def mode(self) -> str | None:
-        """Pillow's name for the pixels in the file, for example RGB or I;16; None for an array."""
-        return self._image.mode if isinstance(self._image, Image.Image) else None
+        """Pillow's name for the pixels in the file, for example RGB or I;16; None for an array.
+
+        It ends with +A if the file says which colours are transparent, of a palette for example.
+        """
+        if not isinstance(self._image, Image.Image):
+            return None
+        return self._image.mode + ("+A" if "transparency" in self._image.info else "")
 
     @property
     def icc_profile(self) -> bytes | None:

@@ -224,8 +224,10 @@ def find_images(
 def _other_files(folder: Path) -> str:
     """End of a message that counts the files of a folder by their extensions, if there are any."""
     kinds: Counter[str] = Counter()
-    for _, _, files in os.walk(folder):
+    for top, _, files in os.walk(folder):
         for name in files:
+            if not os.path.exists(os.path.join(top, name)):  # noqa: PTH110, PTH118
+                continue
             stem, kind = os.path.splitext(name)  # noqa: PTH122
             if kind in (".gz", ".bz2", ".xz"):
                 kind = os.path.splitext(stem)[1] + kind  # noqa: PTH122
@@ -245,6 +247,7 @@ def find_folder(root: str | Path) -> Path | None:
 def _walk(folder: Path, closed: list[ReadError], wanted: Callable[[str], bool]) -> Iterator[Path]:
     """Find images at any depth; each folder once, however many links lead to it."""
     seen = set()  # folders, with links resolved
+    broken = []  # links of an image's name that lead to nothing
     waiting = [str(folder)]
     while waiting:
         top = waiting.pop()
@@ -279,7 +282,12 @@ def _walk(folder: Path, closed: list[ReadError], wanted: Callable[[str], bool]) 
                 folders.append(entry.path)
             elif is_image:
                 yield Path(entry.path)
+            elif entry.is_symlink() and wanted(entry.path):
+                broken.append(legible(entry.path))
         waiting += sorted(folders, reverse=True)
+    if broken:
+        links = counted(len(broken), "link")
+        warn_once(f"{folder}: left out {links} to files that are not there, as {min(broken)}")
 
 
 def has_images(folder: str | Path) -> bool:

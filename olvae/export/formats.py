@@ -185,9 +185,12 @@ class DiffusersLayout(Layout):
 
     def misfit(self, model: LiteVAE) -> str | None:
         if family_of(model) is None:
+            instead = "`format` comfyui for ComfyUI"
+            if TinyFilesLayout().misfit(model) is None:
+                instead = "`format` taesd for files with its own names"
             return (
                 "no class of diffusers has these networks: `format` litevae is for diffusers' "
-                "AutoencoderLiteVAE, `format` comfyui for ComfyUI"
+                f"AutoencoderLiteVAE, {instead}"
             )
         mistake = self.mistake(model)
         if mistake is None:

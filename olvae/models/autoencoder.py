@@ -222,7 +222,10 @@ class LiteVAE(Autoencoder):
         # Do the halves fit each other?
         wanted = {
             "latent_dim": ("twice the decoder's z_channels", 2 * decoder.z_channels),
-            "downscale": ("the decoder's upscale", decoder.upscale // decoder.enlarge_by),
+            "downscale": (
+                "the decoder's upscale (`enlarge` is what makes images larger)",
+                decoder.upscale // decoder.enlarge_by,
+            ),
             "in_channels": ("the decoder's out_channels", decoder.out_channels),
         }
         if quantizer is not None:

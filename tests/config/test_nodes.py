@@ -354,6 +354,7 @@ def test_validate_lets_model_from_give_the_networks(image_folder):
         ("model.params.start_step", "model.params.adversary_config.params.start_step"),
         ("data.params.max_steps", "lightning.trainer.max_steps"),
         ("model.params.lossconfig.params.kl_weigth", "kl_weight"),
+        ("model.params.decoder_config.params.upscale", "enlarge"),
     ],
 )
 def test_validate_finds_a_key_of_another_node(key, meant):

@@ -75,12 +75,13 @@ def test_audit_of_kinds_of_files(root):
     rgb.convert("L").save(root / "b.png")
     rgb.convert("CMYK").save(root / "c.jpg")
     rgb.convert("RGBA").save(root / "d.png")
+    rgb.convert("P").save(root / "e.png", transparency=3)
     rgb.save(root / "f.gif")
     np.save(root / "g.npy", np.asarray(rgb))
     result = audit_source(str(root), 16)
-    kinds = ["JPEG RGB", "PNG L", "JPEG CMYK", "PNG RGBA", "GIF P", "array"]
+    kinds = ["JPEG RGB", "PNG L", "JPEG CMYK", "PNG RGBA", "PNG P+A", "GIF P", "array"]
     assert result.kinds == dict.fromkeys(kinds, 1)
-    assert result.notes == ["images with alpha, laid over white: 1; `channels` 4 keeps it"]
+    assert result.notes == ["images with alpha, laid over white: 2; `channels` 4 keeps it"]
 
 
 @pytest.mark.usefixtures("processes")

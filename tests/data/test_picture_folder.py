@@ -314,6 +314,19 @@ def test_a_share_of_a_large_folder_is_bounded_unless_it_is_given(tmp_path, monke
     assert not FolderSource(names, 16, 4, val_root=names).bound
 
 
+def test_links_to_nothing_are_left_out_and_counted(tmp_path, caplog):
+    """As of an archive whose files were moved, or not fetched."""
+    for name in ("b.jpg", "a.jpg", "a.txt", ".c.jpg"):
+        (tmp_path / name).symlink_to(tmp_path / "gone" / name)
+    told = f"{tmp_path}: left out 2 links to files that are not there, as {tmp_path}/a.jpg"
+    with pytest.raises(FileNotFoundError, match=r"no images in this folder \([^)]*\)$"):
+        find_images(tmp_path)
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "b.jpg").touch()
+    assert find_images(tmp_path) == [tmp_path / "b.jpg", tmp_path / "gone" / "b.jpg"]
+    assert caplog.messages == [told, told.replace("2 links", "1 link")]
+
+
 def test_find_images_asks_the_system_once_a_folder_and_not_for_each_file(tmp_path, monkeypatch):
     for number in range(60):
         folder = tmp_path / f"f{number % 2}"

@@ -86,6 +86,15 @@ def test_a_decoder_at_2x_starts_as_the_1x_decoder_and_learns(name, train_with, t
     assert all(torch.equal(t, frozen[n]) for n, t in after.encoder.state_dict().items())
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_who_sets_upscale_reads_of_enlarge(name, train_with, tmp_path):
+    """A wrapped decoder has an ``upscale``, which is its whole factor; others have none."""
+    MAKE[name]().save_pretrained(tmp_path / "source")
+    twice = "model.params.decoder_config.params.upscale=2"
+    with pytest.raises(ValueError, match=r"did you mean enlarge\?|`enlarge` is what makes"):
+        train_with(twice, SIZE, start_from=f"diffusers:{tmp_path / 'source'}")
+
+
 def test_a_run_at_2x_continues_at_2x(train_with, tmp_path):
     tiny_kl().save_pretrained(tmp_path / "source")
     once = "lightning.trainer.max_steps=1"

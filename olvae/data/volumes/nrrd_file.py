@@ -46,6 +46,8 @@ class Nrrd(Volume):
         if "LIST" in str(values_file):
             raise ValueError(SEVERAL)
         self.values_file = path if values_file is None else path.parent / str(values_file)
+        if not self.values_file.is_file():
+            raise ValueError(f"its values are in {values_file}, which is no file: save them in one")
         least = np.dtype(np.uint8)  # of bytes a value
         packed = header["encoding"] in PACKED_ENCODINGS
         check_bytes(self.values_file, int(np.prod(self.shape)), least, packed)
@@ -91,7 +93,7 @@ class Nrrd(Volume):
             size = self.values_file.stat().st_size
             raise ValueError(
                 f"its header claims {claimed}, and {self.values_file.name} has {size} bytes: "
-                "it was cut off perhaps: copy it again"
+                "it was changed or cut off perhaps: copy it again"
             ) from error
         check_dtype(values.dtype)
         array: Array = values.reshape(self.shape[::-1]).T

@@ -18,9 +18,10 @@ class WeightAverage(Callback):
     """Average the autoencoder's trained parameters, and nothing else of the model.
 
     The average starts as the weights after the first step, and moves by ``1 - decay`` towards them
-    at every further step that is finite, as ``guard`` knows. A checkpoint has the average in
-    ``state_dict``, the weights as trained under the same names in ``current_model_state``, and the
-    number of averaged steps in ``averaging_state``.
+    at every further step that is finite, as ``guard`` knows. After n steps the decay is at most
+    (1 + n) / (10 + n): the average of a short run would mostly be its start. A checkpoint has the
+    average in ``state_dict``, the weights as trained under the same names in
+    ``current_model_state``, and the number of averaged steps in ``averaging_state``.
 
     Order of calls, by Lightning but for two:
 
@@ -81,8 +82,9 @@ class WeightAverage(Callback):
         if self._steps == 0:
             copy_each(average, weights)
         else:
+            decay = min(self.decay, (1 + self._steps) / (10 + self._steps))
             difference = subtract_each(weights, average)
-            scale_each(difference, (1.0 - self.decay) * self.guard.good)
+            scale_each(difference, (1.0 - decay) * self.guard.good)
             add_each(average, difference)
         self._steps += 1
 

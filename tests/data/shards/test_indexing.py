@@ -54,8 +54,8 @@ def test_remote_shards_are_indexed_once_and_read_from_their_middle(tmp_path, mon
         urls.append(f"memory://indexed/{path.name}")
     with pytest.raises(ConfigError, match="`out`"):
         index_shards(urls)
-    index_shards(urls, tmp_path / "index")
-    whole = tmp_path / "index" / "index.json"
+    index_shards(urls, tmp_path / "new" / "index")
+    whole = tmp_path / "new" / "index" / "index.json"
     shards = with_counts(urls, str(whole))
     assert [shard.images for shard in shards] == list(COUNTS)
     offsets = offsets_of(shards[1])

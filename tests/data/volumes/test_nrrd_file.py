@@ -88,6 +88,10 @@ def test_values_in_several_files_are_refused(tmp_path):
     (tmp_path / "a.nhdr").write_text(f"{header}data file: LIST\na.raw\nb.raw\n")
     with pytest.raises(UnreadableImageError, match="several files"):
         open_volume(tmp_path / "a.nhdr")
+    # A pattern, of numbers from 1 to 2.
+    (tmp_path / "b.nhdr").write_text(f"{header}data file: b%d.raw 1 2 1\n")
+    with pytest.raises(UnreadableImageError, match=r"in b%d\.raw 1 2 1, which is no file: save"):
+        open_volume(tmp_path / "b.nhdr")
 
 
 HEADER = "NRRD0004\ntype: short\ndimension: 3\nsizes: 9 8 2\nencoding: raw\nendian: little\n"
@@ -107,7 +111,12 @@ def test_values_are_beside_a_header_or_missing(tmp_path):
     (tmp_path / "a.raw").write_bytes(values.tobytes())
     volume = open_volume(tmp_path / "a.nhdr")
     np.testing.assert_array_equal(whole(volume), values.reshape(2, 8, 9))
-    # Cut off, after the header or before as many bytes as values.
+    # Longer, or cut off, after the header or before as many bytes as values.
+    (tmp_path / "a.raw").write_bytes(values.tobytes() + b"more")
+    (tmp_path / "b.nhdr").write_text(f"{HEADER}data file: a.raw\n")
+    wanted = "a.raw has 292 bytes: it was changed or cut off perhaps: copy it again$"
+    with pytest.raises(UnreadableImageError, match=wanted):
+        open_volume(tmp_path / "b.nhdr").slices(0, 0)
     (tmp_path / "a.raw").write_bytes(values.tobytes()[:200])
     (tmp_path / "c.nhdr").write_text(f"{HEADER}data file: a.raw\n")
     wanted = "claims 144 values of type short, and a.raw has 200 bytes: .*: copy it again$"
