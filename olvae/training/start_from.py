@@ -70,14 +70,16 @@ def start_from(
     if channels != loaded.in_channels:
         found = with_channels(loaded, channels, name)
     measured: Mapping[str, Any] = {}
+    overriding = entry_of(merge_files((), overrides, resolve=False), "model.params") or {}
     if target.factors_outdated:
         drop_factors(found)
-        measured = entry_of(merge_files((), overrides, resolve=False), "model.params") or {}
+        measured = overriding
 
     # Its networks, with the config's additions; `enlarge` counts also beside other networks.
     enlarge = entry_of(params, "decoder_config.params.enlarge")
     for key, value in found.config.items():
-        params[key] = _network(value, params.get(key), f"model.params.{key}", name)
+        added = overriding.get(key)
+        params[key] = _network(value, params.get(key), added, f"model.params.{key}", name)
     if enlarge is not None:
         params["decoder_config"]["params"]["enlarge"] = enlarge
     params.pop("initial_logvar", None)
@@ -99,13 +101,16 @@ def start_from(
     return weights, target.config
 
 
-def _network(found: Any, given: Any, where: str, name: str) -> Any:
+def _network(found: Any, given: Any, added: Any, where: str, name: str) -> Any:
     """Return the value of a config's key for what was found, with the additions given there.
 
-    ``where`` and ``name`` are the key and the autoencoder, for a warning.
+    Where another class replaces the config's, those are what overrides have ``added``, which count
+    always. ``where`` and ``name`` are the key and the autoencoder, for a warning.
     """
     if not isinstance(found, Mapping) or not isinstance(given, Mapping):
         return found
+    if added and "target" in given and not _extends(given, found):
+        given = added
     if "target" not in given:
         return OmegaConf.to_container(OmegaConf.merge(found, given))
     if not _extends(given, found):
@@ -125,7 +130,7 @@ def _network(found: Any, given: Any, where: str, name: str) -> Any:
     for key, value in found["params"].items():
         if key in kind or value != base[key].default:
             params[key] = value
-    return OmegaConf.to_container(OmegaConf.merge(given, {"params": params}))
+    return OmegaConf.to_container(OmegaConf.merge(given, {"params": params}, added or {}))
 
 
 def _extends(given: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
