@@ -237,6 +237,7 @@ def export(
                     f"{place}: `force` would delete {', '.join(sorted(others))}, no part of an "
                     "export"
                 )
+        place.parent.mkdir(parents=True, exist_ok=True)
         for graph in graphs:
             (beside / graph.name).replace(graph)
         replace_folder(partial, place)

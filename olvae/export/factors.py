@@ -15,6 +15,7 @@ from olvae.models.loading.from_diffusers import PER_CHANNEL
 from olvae.models.loading.loader import Target
 from olvae.models.spec import UNMEASURED, check_factors
 from olvae.modules.moments import FEW_IMAGES
+from olvae.modules.others.tiny import TinyEncoder
 from olvae.runs import find_run
 
 
@@ -170,6 +171,12 @@ def _own_factors(
         ]
     if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) or per_channel:
         return f"from {target.name}", []
+    if isinstance(model.encoder, TinyEncoder):
+        return None, [
+            "scaling factor 1 and shift factor 0: right for latents that started from TAESD's or "
+            "TAEF2's, which are in a diffusion model's units; others have to be measured: olvae "
+            "latents does, then export with `latents`"
+        ]
     return None, [
         "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export "
         "with `latents`"

@@ -185,9 +185,12 @@ class DiffusersLayout(Layout):
 
     def misfit(self, model: LiteVAE) -> str | None:
         if family_of(model) is None:
+            instead = "`format` comfyui for ComfyUI"
+            if TinyFilesLayout().misfit(model) is None:
+                instead = "`format` taesd for files with its own names"
             return (
                 "no class of diffusers has these networks: `format` litevae is for diffusers' "
-                "AutoencoderLiteVAE, `format` comfyui for ComfyUI"
+                f"AutoencoderLiteVAE, {instead}"
             )
         mistake = self.mistake(model)
         if mistake is None:
@@ -301,7 +304,8 @@ class OriginalLayout(DiffusersLayout):
                 odd.append(f"{key} {config[key]}")
         if odd:
             yield f"ComfyUI and A1111 build Stable Diffusion's widths only, not {', '.join(odd)}"
-        if any(block.startswith("Attn") for block in config.get("down_block_types", ())):
+        types = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
+        if any(block.startswith("Attn") for block in types):
             yield "ComfyUI and A1111 build attention in the middle only, not at levels as here"
         if model.enlarge > 1:
             outputs = model.enlarge**2 * model.decoder.out_channels

@@ -196,10 +196,10 @@ def test_onnx_files_are_in_a_folder_or_beside_a_file_with_its_name(name, tmp_pat
         return {"encoder.onnx": 0.25}
 
     monkeypatch.setattr(module, "export_onnx", write)
-    place = tmp_path / f"vae{layout.suffix}"
+    place = tmp_path / "new" / f"vae{layout.suffix}"  # in a folder that is not there yet
     for settings in (ExportSettings(onnx=True), ExportSettings(onnx=True, force=True)):
         assert export(model, place, layout, settings)["encoder.onnx"] == 0.25
-        found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.onnx")}
+        found = {str(path.relative_to(place.parent)) for path in tmp_path.rglob("*.onnx")}
         graphs = {"encoder.onnx", "decoder.onnx"}
         if layout.suffix:
             assert found == {f"vae_{graph}" for graph in graphs}

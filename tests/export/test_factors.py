@@ -10,6 +10,7 @@ from olvae.export.exporting import ExportSettings, export_target
 from olvae.export.factors import find_factors_file, read_factors, set_factors
 from olvae.export.formats import LAYOUTS
 from olvae.models.loading.targets import find_target
+from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from tests.export.tiny import tiny_litevae
 from tests.models.loading.classes import make
 
@@ -181,6 +182,11 @@ def test_factors_that_are_not_measured_anew_are_the_models_own():
         model.set_for_diffusion({"scaling_factor": scaling, "shift_factor": shift})
         origin, notes = set_on(model, {})
         assert (origin, len(notes)) == (("from vae", 0) if known else (None, 1))
+    # A tiny autoencoder may have the units of TAESD's files, which nobody should measure.
+    tiny = LiteVAE(TinyEncoder(8), TinyDecoder())
+    origin, (note,) = set_on(tiny, {})
+    assert origin is None
+    assert "right for latents that started from TAESD's" in note
     # What is known of them is known of the model that was loaded.
     loaded = SimpleNamespace(factors_known=False)
     notes: list[str] = []

@@ -116,9 +116,9 @@ def _spec(tensors: Mapping[str, Tensor], origin: str) -> AutoencoderSpec:
         decoder, _ = _half_params(tensors, "decoder")
         image_channels = tensors["encoder.layers.0.weight"].shape[1]
         z_channels = tensors["decoder.layers.0.weight"].shape[1]
-    except (IndexError, KeyError) as error:
+    except KeyError as error:
         raise ValueError(
-            f"{origin}: not the layers of TAESD, TAEF2 or TAESANA ({error.args[0]})"
+            f"{origin}: not the layers of TAESD, TAEF2 or TAESANA: no {error.args[0]}"
         ) from error
     if n_z != z_channels:
         raise ValueError(f"{origin}: the encoder makes {n_z} channels, the decoder {z_channels}")
@@ -142,12 +142,19 @@ def _half_params(tensors: Mapping[str, Tensor], half: str) -> tuple[dict[str, An
         if f"{prefix}{number}.conv.0.weight" in tensors:
             blocks[-1] += 1
             continue
-        width = tensors[f"{prefix}{number}.weight"].shape[0]
+        weight = tensors[f"{prefix}{number}.weight"]
+        if weight.ndim != 4:
+            raise KeyError(f"kernel in {prefix}{number}.weight")
+        width = weight.shape[0]
         if f"{prefix}{number}.bias" in tensors:
             biased.append(width)
         else:
             blocks.append(0)
             widths.append(width)
+
+    # Of every half the first and the last convolution have a bias.
+    if len(biased) < 2:
+        raise KeyError(f"first and last convolution with a bias in its {half}")
 
     params: dict[str, Any] = {"blocks": blocks, "pool": any(".pool." in name for name in inside)}
     if half == "encoder":

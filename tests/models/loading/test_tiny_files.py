@@ -158,6 +158,7 @@ def test_tiny_files_are_written_again(kind, folder, loaded, tmp_path):
 def test_only_taesds_networks_are_of_a_class_of_diffusers(kind, loaded):
     misfit = LAYOUTS["diffusers"]().misfit(loaded)
     assert (misfit is None) == (kind == "taesd")
+    assert misfit is None or "`format` taesd" in misfit
     assert LAYOUTS["litevae"]().misfit(loaded) is None
     assert (LAYOUTS["comfyui"]().misfit(loaded) is None) == (kind != "taesd")
 
@@ -187,6 +188,10 @@ def test_half_of_an_autoencoder_and_another_architecture_are_one_line(taesd):
     save_file(state, file)
     with pytest.raises(ValueError, match="of TAESD"):
         find_target(taesd).load()
+    flat = {**state, "14.bias": torch.zeros(4), "0.weight": torch.zeros(64)}
+    save_file(flat, file)
+    with pytest.raises(ValueError, match=r"TAESANA: no kernel in encoder\.layers\.0\.weight$"):
+        find_target(taesd).load()
     del state["3.conv.2.weight"]
     save_file({**state, "14.bias": torch.zeros(4)}, file)
     with pytest.raises(ValueError, match=r"model: 1 missing \(encoder\.layers\.3\.conv\.2"):
@@ -198,11 +203,22 @@ def test_half_of_an_autoencoder_and_another_architecture_are_one_line(taesd):
             find_target(target)
 
 
-def test_a_decoder_without_its_last_layer_is_named(taesd):
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_a_half_of_blocks_alone_is_one_line(half, taesd):
+    file = taesd / f"taesd_{half}.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if ".conv." in name}, file)
+    with pytest.raises(ValueError, match=f"^{taesd}: .*TAESANA: no first and last .*its {half}$"):
+        find_target(taesd).load()
+
+
+def test_a_decoder_without_its_last_layer_or_with_another_is_named(taesd):
     file = taesd / "taesd_decoder.safetensors"
     state = load_file(file)
-    del state["19.bias"]
+    bias = state.pop("19.bias")
     save_file(state, file)
+    with pytest.raises(ValueError, match=rf"^{taesd}: .*TAESANA: no first and last .*its decoder$"):
+        find_target(taesd).load()
+    save_file({**state, "19.bias": bias, "20.weight": torch.zeros(3, 3, 3, 3)}, file)
     with pytest.raises(ValueError, match=rf"^{taesd}: .*levels"):
         find_target(taesd).load()
 
