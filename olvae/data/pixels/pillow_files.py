@@ -64,8 +64,12 @@ def open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
     # A TIFF with as many channels as are wanted: Pillow drops some of them. Of channels in planes,
     # unless they are RGB or CMYK, it reads the first one alone.
     samples = image.tag_v2.get(SAMPLESPERPIXEL, 1)
-    planes = samples > 1 and image.tag_v2.get(PLANAR_CONFIGURATION) == IN_PLANES
-    first_alone = planes and image.mode not in COLOURS_IN_PLANES and not is_deep(image)
+    first_alone = (
+        image.tag_v2.get(PLANAR_CONFIGURATION) == IN_PLANES
+        and samples > 1
+        and image.mode not in COLOURS_IN_PLANES
+        and not is_deep(image)
+    )
     if first_alone and image.mode in ("LAB", "YCbCr"):
         raise ValueError(f"its {image.mode} colours are in planes: save it interleaved, or as RGB")
     if first_alone or len(image.getbands()) < channels == samples:
