@@ -193,8 +193,9 @@ def _check_additions(config: Config, overrides: Sequence[str]) -> None:
     given = runs.entry_of(overriding, "model.params") or {}
     for key in given.keys() & set(FROM_START):
         if not isinstance(given[key], dict) or "target" in given[key]:
-            origin = config["model"]["from"]
-            raise ConfigError(f"model.params.{key}: comes from {origin}: leave it out")
+            raise ConfigError(
+                f"model.params.{key}: comes from {config['model']['from']}: leave it out"
+            )
 
 
 def _absolute_teacher(previous: Config | None) -> str | None:

@@ -69,23 +69,22 @@ def start_from(
     found = loaded
     if channels != loaded.in_channels:
         found = with_channels(loaded, channels, name)
-    measured: Mapping[str, Any] = {}
     overriding = entry_of(merge_files((), overrides, resolve=False), "model.params") or {}
     if target.factors_outdated:
         drop_factors(found)
-        measured = overriding
 
     # Its networks, with the config's additions; `enlarge` counts also beside other networks.
     enlarge = entry_of(params, "decoder_config.params.enlarge")
     for key, value in found.config.items():
-        added = overriding.get(key)
-        params[key] = _network(value, params.get(key), added, f"model.params.{key}", name)
+        where = f"model.params.{key}"
+        params[key] = _network(value, params.get(key), overriding.get(key), where, name)
     if enlarge is not None:
         params["decoder_config"]["params"]["enlarge"] = enlarge
     params.pop("initial_logvar", None)
     found = enlarged_as(found, params["decoder_config"], name)
 
     # Factors and frozen halves. A frozen encoder must keep its latents.
+    measured = overriding if target.factors_outdated else {}
     _set_latents(params, source, found, name, measured)
     if params.get("freeze_encoder"):
         _check_encoder(config, params, loaded, found, name)
@@ -109,19 +108,17 @@ def _network(found: Any, given: Any, added: Any, where: str, name: str) -> Any:
     """
     if not isinstance(found, Mapping) or not isinstance(given, Mapping):
         return found
-    if added and "target" in given and not _extends(given, found):
-        given = added
-    if "target" not in given:
-        return OmegaConf.to_container(OmegaConf.merge(found, given))
-    if not _extends(given, found):
-        if given["target"] != found["target"]:
+    if "target" in given and not _extends(given, found):
+        if not added and given["target"] != found["target"]:
             ours, theirs = (node["target"].rpartition(".")[2] for node in (given, found))
             warnings.warn(
                 f"{where}: its {ours} is replaced by the {theirs} of {name}; params without a "
                 "target are added to that",
                 stacklevel=3,
             )
-        return found
+        given = added or {}
+    if "target" not in given:
+        return OmegaConf.to_container(OmegaConf.merge(found, given))
 
     # Params of a class that extends the one found, but for defaults that it leaves out.
     base = inspect.signature(cfg.resolve_target(found["target"])).parameters
