@@ -78,7 +78,11 @@ def state_dict_of(
     ``state_dict``, and in ``current_model_state`` the raw weights of the averaged tensors, or of
     all. The latent-diffusion code keeps the average of ``a.b`` as ``model_ema.ab``.
     """
-    parts = {"state_dict": checkpoint.get("state_dict", checkpoint)}
+    # MAR's checkpoint has it as `model`.
+    whole = checkpoint.get("model")
+    if not isinstance(whole, Mapping):
+        whole = checkpoint
+    parts = {"state_dict": checkpoint.get("state_dict", whole)}
     if raw:
         # Last, so that it overwrites what has the same names.
         parts["current_model_state"] = checkpoint.get("current_model_state", {})

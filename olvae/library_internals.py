@@ -24,6 +24,9 @@ BatchNormBase = _NormBase
 # A spectral norm's left and right singular vector, the names of its buffers.
 SPECTRAL_VECTORS = ("_u", "_v")
 
+# What accelerate and diffusers set in a module whose ``forward`` they replace.
+HOOKED = ("_hf_hook", "_old_forward", "_diffusers_hook", "forward")
+
 HAS_FOREACH = "torch.nn.utils.clip_grad._has_foreach_support"  # to patch where a CPU plays a GPU
 
 
@@ -84,10 +87,22 @@ def move_tensors(network: nn.Module, function: Callable[..., Any], recurse: bool
     network._apply(function, recurse)
 
 
+def hooks_around(module: nn.Module) -> list[Any]:
+    """What accelerate and diffusers have put around a module's ``forward``."""
+    return [vars(module)[name] for name in HOOKED if name in vars(module)]
+
+
 def forget_hooks(module: nn.Module) -> None:
     """Remove the forward hooks of a copied module: nobody has their handles."""
     module._forward_hooks.clear()
     module._forward_pre_hooks.clear()
+    for name in HOOKED:
+        vars(module).pop(name, None)
+
+
+def is_hooked_by_diffusers(module: nn.Module) -> bool:
+    """Whether ``forward`` has a hook of diffusers, such as group offloading's."""
+    return hasattr(module, "_diffusers_hook")
 
 
 # Compilation and tracing

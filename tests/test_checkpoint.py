@@ -97,6 +97,8 @@ ONE, TWO, THREE = torch.ones(1), torch.full((1,), 2.0), torch.full((1,), 3.0)
     [
         ({"a": ONE, "n": 3, 4: ONE}, {"a": ONE}, {"a": ONE}),
         ({"state_dict": {"a": ONE}, "b": TWO}, {"a": ONE}, {"a": ONE}),
+        ({"model": {"a": ONE}, "b": TWO}, {"a": ONE}, {"a": ONE}),
+        ({"model": ONE, "b": TWO}, {"model": ONE, "b": TWO}, {"model": ONE, "b": TWO}),
         (
             {"state_dict": {"a": ONE, "b": TWO}, "current_model_state": {"a": THREE}},
             {"a": ONE, "b": TWO},

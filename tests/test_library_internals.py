@@ -64,6 +64,7 @@ MENTIONED = {
     # private name that we set: the library's module whose source has to read it
     "_gradient_checkpointing_func": "diffusers.models.autoencoders.vae",
     "_dynamo_marked_constant": "torch._dynamo.variables.functions",
+    "_diffusers_hook": "diffusers.hooks.hooks",
 }
 
 

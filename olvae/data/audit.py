@@ -212,18 +212,14 @@ class _Found:
     shards: list[ShardFacts] = field(default_factory=list)
     # A path or, in a shard, its URL; the image's name; a hash of its pixels.
     pixels: list[tuple[str, str, str]] = field(default_factory=list)
-    groups: set[tuple[str, str]] = field(default_factory=set)  # of shards: URL and a group in it
+    # images of shards by URL and a group in it
+    groups: Counter[tuple[str, str]] = field(default_factory=Counter)
     profiles: Counter[str] = field(default_factory=Counter)  # names of those that are not sRGB
     profile_errors: Counter[str] = field(default_factory=Counter)  # why they can't be used
 
     def add(self, part: "_Found") -> None:
-        self.images += part.images
-        self.unreadable += part.unreadable
-        self.shards += part.shards
-        self.pixels += part.pixels
-        self.groups |= part.groups
-        self.profiles += part.profiles
-        self.profile_errors += part.profile_errors
+        for name, values in vars(part).items():
+            vars(self)[name] += values
 
     def decode(self, open_photo: Callable[[], Photo], name: str, place: str) -> None:
         try:
@@ -279,7 +275,7 @@ def _read_shard(
             if grouping.how != FILE:
                 group = grouping.of(str(entry.details.get("name", entry.key)))
             if group is not None:
-                found.groups.add((url, group))
+                found.groups[url, group] += 1
             photo = partial(Photo, entry.data, entry.name, channels, pixel_range)
             found.decode(photo, entry.key, url)
             progress.advance()

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +20,7 @@ from olvae.data.dataset import (
 from olvae.data.image import ALL_FILTERS, Augment, Photo, RandomScaleCrop
 from olvae.data.order.groups import FILE, Grouping, look_like_slices
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
-from olvae.data.places import EXTENSIONS, is_image_file
+from olvae.data.places import EXTENSIONS, is_image_file, is_shard, names_volume
 from olvae.data.read_errors import ReadError
 from olvae.files import counted, file_state, legible, nearest_path, warn_once
 
@@ -28,6 +28,9 @@ ESCAPED = re.compile(r"\[([*?[])\]")  # a character that a pattern means as it i
 # Names of the two parts of a data set, in upper or lower case; an earlier one comes first.
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
+# What a folder has besides its images.
+BROKEN = "links to no file"
+OF_OTHERS = "shards or volumes, which a pattern of their names takes"
 
 
 class Files(ImageDataset):
@@ -247,7 +250,7 @@ def find_folder(root: str | Path) -> Path | None:
 def _walk(folder: Path, closed: list[ReadError], wanted: Callable[[str], bool]) -> Iterator[Path]:
     """Find images at any depth; each folder once, however many links lead to it."""
     seen = set()  # folders, with links resolved
-    broken = []  # links of an image's name that lead to nothing
+    left_out = defaultdict[str, list[str]](list)
     waiting = [str(folder)]
     while waiting:
         top = waiting.pop()
@@ -283,11 +286,12 @@ def _walk(folder: Path, closed: list[ReadError], wanted: Callable[[str], bool]) 
             elif is_image:
                 yield Path(entry.path)
             elif entry.is_symlink() and wanted(entry.path):
-                broken.append(legible(entry.path))
+                left_out[BROKEN].append(legible(entry.path))
+            elif entry.name[0] != "." and (is_shard(entry.name) or names_volume(entry.name)):
+                left_out[OF_OTHERS].append(legible(entry.path))
         waiting += sorted(folders, reverse=True)
-    if broken:
-        links = counted(len(broken), "link")
-        warn_once(f"{folder}: left out {links} to files that are not there, as {min(broken)}")
+    for kind, names in left_out.items():
+        warn_once(f"{folder}: {len(names)} left out, as {min(names)}: {kind}")
 
 
 def has_images(folder: str | Path) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import add_sums, check_file
 from olvae.data.pixels.size_and_range import PixelRange
+from olvae.library_internals import is_hooked_by_diffusers
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import crop_to, default_memory, pad_to_multiple
 from olvae.models.spec import (
@@ -236,11 +238,15 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
+        run: Callable[[Tensor], Tensor] | None = None,
+    ) -> DecoderOutput | tuple[Tensor] | Tensor:
         """Reconstruct (B, C, H, W) from the posterior's mode or from a sample.
 
-        The result has its size, or a decoder's at 2x twice that.
+        The result has its size, or a decoder's at 2x twice that. With ``run``, return its result:
+        so hooks around this method are around ``encode`` and ``decode`` too.
         """
+        if run is not None:
+            return run(sample)
         (posterior,) = self.encode(sample, return_dict=False)
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         by = self.decoder.enlarge_by
@@ -268,8 +274,18 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self, whole: Callable[[Tensor], Tensor], within: Callable[[Tensor, int], Tensor], x: Tensor
     ) -> Tensor:
         """Compute ``whole(x)``, image by image and within the memory, if that is enabled."""
+        # diffusers' offloading in groups brings the weights for ``forward``.
+        model: Any = self
+        if is_hooked_by_diffusers(model):
+            out: Tensor = model(x, run=partial(self._within, whole, within))
+            return out
+        return self._within(whole, within, x)
+
+    def _within(
+        self, whole: Callable[[Tensor], Tensor], within: Callable[[Tensor, int], Tensor], x: Tensor
+    ) -> Tensor:
         if self.use_slicing and len(x) > 1:
-            return torch.cat([self._run(whole, within, one) for one in x.split(1)])
+            return torch.cat([self._within(whole, within, one) for one in x.split(1)])
         trains = self.training or self.encoder.training or self.decoder.training
         gradients = torch.is_grad_enabled() and (trains or x.requires_grad)
         if not self.use_tiling or gradients:

@@ -304,7 +304,8 @@ class OriginalLayout(DiffusersLayout):
                 odd.append(f"{key} {config[key]}")
         if odd:
             yield f"ComfyUI and A1111 build Stable Diffusion's widths only, not {', '.join(odd)}"
-        if any(block.startswith("Attn") for block in config.get("down_block_types", ())):
+        types = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
+        if any(block.startswith("Attn") for block in types):
             yield "ComfyUI and A1111 build attention in the middle only, not at levels as here"
         if model.enlarge > 1:
             outputs = model.enlarge**2 * model.decoder.out_channels

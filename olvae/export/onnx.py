@@ -4,6 +4,7 @@ Needs ``pip install onnx onnxscript onnxruntime``.
 """
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,8 @@ def _write(half: Half, names: tuple[str, str], file: Path) -> None:
         "output_names": names[1:],
         "dynamic_shapes": {"x": {0: dim("batch", min=1), **sides}},
     }
+    # onnxscript warns of each operation with several outputs that it does not fold.
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

@@ -48,7 +48,7 @@ class _Half(Steps):
             "norm_num_groups": norm_groups,
             "mid_block_add_attention": attention,
         }
-        blocks = block_types(levels, attention_levels)
+        blocks = block_types(levels, attention_levels, attention_levels)
         if isinstance(self, Encoder):
             down = tuple(blocks["down_block_types"])
             self.model = vae.Encoder(down_block_types=down, double_z=False, **shared)
@@ -72,7 +72,7 @@ class SDEncoder(_Half, Encoder):
         norm_groups: groups of every GroupNorm; divides every width.
         attention: self-attention in the middle.
         attention_levels: levels with self-attention after each block: 0 is the image's, the last
-            one the latent's. CompVis's kl-f16 and kl-f32 have it at the last.
+            one the latent's. CompVis's kl-f16 has it at the last, kl-f32 at the last two.
         padding: at the borders of every convolution: ``zeros``, as published, or ``reflect``, as in
             some copies that were fine-tuned with EQ-VAE. Strided convolutions keep their zeros, at
             the bottom and the right.
@@ -169,17 +169,18 @@ class SDDecoder(_Half, Decoder):
         return image if self.linear is None else image + self.linear_path(z)
 
 
-def block_types(levels: int, attention_levels: Collection[int]) -> dict[str, list[str]]:
-    """Name diffusers' blocks of an AutoencoderKL, with attention at some levels.
+def block_types(
+    levels: int, encoder: Collection[int], decoder: Collection[int]
+) -> dict[str, list[str]]:
+    """Name diffusers' blocks of an AutoencoderKL, with attention at these levels of each half.
 
     The decoder's begin at the latent.
     """
     down: list[str] = []
     up: list[str] = []
     for level in range(levels):
-        attention = "Attn" if level in attention_levels else ""
-        down.append(f"{attention}DownEncoderBlock2D")
-        up.insert(0, f"{attention}UpDecoderBlock2D")
+        down.append("AttnDownEncoderBlock2D" if level in encoder else "DownEncoderBlock2D")
+        up.insert(0, "AttnUpDecoderBlock2D" if level in decoder else "UpDecoderBlock2D")
     return {"down_block_types": down, "up_block_types": up}
 
 

@@ -318,13 +318,23 @@ def test_links_to_nothing_are_left_out_and_counted(tmp_path, caplog):
     """As of an archive whose files were moved, or not fetched."""
     for name in ("b.jpg", "a.jpg", "a.txt", ".c.jpg"):
         (tmp_path / name).symlink_to(tmp_path / "gone" / name)
-    told = f"{tmp_path}: left out 2 links to files that are not there, as {tmp_path}/a.jpg"
+    told = f"{tmp_path}: 2 left out, as {tmp_path}/a.jpg: links to no file"
     with pytest.raises(FileNotFoundError, match=r"no images in this folder \([^)]*\)$"):
         find_images(tmp_path)
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone" / "b.jpg").touch()
     assert find_images(tmp_path) == [tmp_path / "b.jpg", tmp_path / "gone" / "b.jpg"]
-    assert caplog.messages == [told, told.replace("2 links", "1 link")]
+    assert caplog.messages == [told, told.replace("2 left", "1 left")]
+
+
+def test_shards_and_volumes_beside_pictures_are_told(tmp_path, caplog):
+    """A folder that has pictures is one of pictures alone."""
+    (tmp_path / "scan").mkdir()
+    for name in ("a.jpg", "b.tar", "scan/c.dcm", "scan/d.nii.gz", "._b.tar", "._c.dcm", "e.json"):
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == [tmp_path / "a.jpg"]
+    told = "shards or volumes, which a pattern of their names takes"
+    assert caplog.messages == [f"{tmp_path}: 3 left out, as {tmp_path}/b.tar: {told}"]
 
 
 def test_find_images_asks_the_system_once_a_folder_and_not_for_each_file(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoModel, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.hooks import group_offloading
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import dynamic_modules_utils
 
@@ -354,6 +355,66 @@ def test_diffusers_offloads_every_weight(vae, image, how):
             model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level"
         )
     assert torch.equal(model(image).sample, expected)
+
+
+def lose_offloaded(model: AutoencoderLiteVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on weights that diffusers offloads are NaN until they are loaded."""
+    weights = {id(p): p.detach().clone() for p in model.parameters()}
+
+    def tensors(group) -> list[torch.Tensor]:
+        return [p for module in group.modules for p in module.parameters()] + group.parameters
+
+    def load(group) -> None:
+        for tensor in tensors(group):
+            tensor.data.copy_(weights[id(tensor)])
+
+    def offload(group) -> None:
+        for tensor in tensors(group):
+            tensor.data.fill_(torch.nan)
+
+    monkeypatch.setattr(group_offloading.ModuleGroup, "onload_", load)
+    monkeypatch.setattr(group_offloading.ModuleGroup, "offload_", offload)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("how", ["sequential", "leaf_level", "block_level"])
+def test_both_halves_have_their_weights_when_a_pipeline_calls_them(
+    vae, image, how, tiled, monkeypatch
+):
+    """Pipelines call `encode` and `decode`; hooks around `forward` have to see that, and tiles."""
+    from accelerate import cpu_offload
+
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        z = model.encode(image).latent_dist.mode()
+        expected = model.decode(z).sample
+        memory = tile_bytes(model.decoder, 1, (3, 4, 2, 3))
+        if how == "sequential":
+            cpu_offload(model, execution_device=cpu, offload_buffers=True)
+        else:
+            lose_offloaded(model, monkeypatch)
+            model.enable_group_offload(
+                onload_device=cpu, offload_device=cpu, offload_type=how, num_blocks_per_group=1
+            )
+            assert all(p.isnan().all() for p in model.parameters())
+        if tiled:
+            model.enable_tiling(memory)
+        torch.testing.assert_close(model.encode(image).latent_dist.mode(), z, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model.decode(z).sample, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(image).sample, expected, rtol=0, atol=1e-4)
+
+
+def test_weights_that_are_cast_layer_by_layer_are_counted_as_they_compute(vae, large):
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    shape = (1, 4, 11, 5)
+    memory = peak_bytes(model.decoder, lambda m, x: m(x), shape)
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert peak_bytes(model.decoder, lambda m, x: m(x), shape) == memory
+    with torch.no_grad():
+        expected = model(large).sample
+        model.enable_tiling(memory // 2)
+        torch.testing.assert_close(model(large).sample, expected, rtol=0, atol=1e-4)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(vae, image):

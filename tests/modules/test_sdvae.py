@@ -78,9 +78,9 @@ def test_sd_networks_refuse_counts_and_levels_that_are_none(arguments, message):
 
 
 def test_attention_stands_in_its_level_which_decoders_begin_with_the_latents():
-    assert block_types(3, [0]) == {
+    assert block_types(3, [0], [2]) == {
         "down_block_types": ["AttnDownEncoderBlock2D"] + ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2 + ["AttnUpDecoderBlock2D"],
+        "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2,
     }
     encoder, decoder = networks(attention_levels=[1])
     assert [hasattr(level, "attentions") for level in encoder.model.down_blocks] == [False, True]

@@ -8,7 +8,13 @@ from itertools import count
 from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError, features
-from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, SAMPLESPERPIXEL, TiffImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PLANAR_CONFIGURATION,
+    SAMPLEFORMAT,
+    SAMPLESPERPIXEL,
+    TiffImageFile,
+)
 
 from olvae.data.pixels.arrays import array_suffix
 
@@ -29,6 +35,8 @@ FORMATS = (
 
 MAX_PAGES = 1000  # of a TIFF, with its smaller copies; each is read
 SIGNED = 2  # a TIFF's SampleFormat: integers below 0, too
+IN_PLANES = 2  # a TIFF's PlanarConfiguration: each channel apart
+COLOURS_IN_PLANES = ("RGB", "RGBA", "CMYK")  # Pillow's modes
 NEW_SUBFILE_TYPE = 254  # a TIFF's tag: bit 0 is set for a smaller copy, bit 2 for a mask
 
 
@@ -53,8 +61,18 @@ def open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
     if SIGNED in image.tag_v2.get(SAMPLEFORMAT, ()) and not is_deep(image):
         raise ValueError("8 bits per channel from -128 to 127: save it with 0 to 255")
 
-    # A TIFF with as many channels as are wanted: Pillow drops some of them.
-    if len(image.getbands()) < channels == image.tag_v2.get(SAMPLESPERPIXEL):
+    # A TIFF with as many channels as are wanted: Pillow drops some of them. Of channels in planes,
+    # unless they are RGB or CMYK, it reads the first one alone.
+    samples = image.tag_v2.get(SAMPLESPERPIXEL, 1)
+    first_alone = (
+        image.tag_v2.get(PLANAR_CONFIGURATION) == IN_PLANES
+        and samples > 1
+        and image.mode not in COLOURS_IN_PLANES
+        and not is_deep(image)
+    )
+    if first_alone and image.mode in ("LAB", "YCbCr"):
+        raise ValueError(f"its {image.mode} colours are in planes: save it interleaved, or as RGB")
+    if first_alone or len(image.getbands()) < channels == samples:
         if exif_orientation(image) != 1:
             raise ValueError(
                 f"{channels} channels are read of upright pictures alone: "

@@ -34,12 +34,12 @@ def index_shards(
     # Where the index belongs.
     urls = find_shards(places)
     if out is None:
-        folders = {Path(url).parent for url in urls if is_local(url)}
-        if len(folders) != 1 or not all(map(is_local, urls)):
+        folders = {Path(url).parent if is_local(url) else None for url in urls}
+        out = folders.pop()
+        if out is None or folders:
             raise ConfigError(
                 "`out`: name a folder for the index of remote shards, or of several folders"
             )
-        out = folders.pop()
     names = [file_name(url) for url in urls]
     name, amount = Counter(names).most_common(1)[0]
     if amount > 1:

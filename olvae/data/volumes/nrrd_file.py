@@ -43,8 +43,6 @@ class Nrrd(Volume):
         if header.get("encoding") not in READ_ENCODINGS:
             raise ValueError(f"its encoding is {header.get('encoding')}: save it as raw or gzip")
         values_file = header.get("data file", header.get("datafile"))
-        if "LIST" in str(values_file):
-            raise ValueError(SEVERAL)
         self.values_file = path if values_file is None else path.parent / str(values_file)
         if not self.values_file.is_file():
             raise ValueError(f"its values are in {values_file}, which is no file: save them in one")
@@ -77,10 +75,7 @@ class Nrrd(Volume):
 
     def state(self) -> str:
         """As of any volume; also of the file beside its header."""
-        files = [self.path]
-        if self.values_file != self.path:
-            files.append(self.values_file)
-        return "\n".join(file_state(file) for file in files)
+        return "\n".join(map(file_state, dict.fromkeys((self.path, self.values_file))))
 
     def read(self) -> Array:
         nrrd = import_extra("nrrd", "pynrrd", "reading NRRD")

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from olvae.library_internals import TorchDispatchMode, forget_hooks, tree_leaves
-from olvae.modules.base import Decoder, Stage, dtype_of
+from olvae.library_internals import TorchDispatchMode, forget_hooks, hooks_around, tree_leaves
+from olvae.modules.base import Decoder, Stage
 
 GIB = 2**30
 # In inference mode, torch dispatches conv2d.
@@ -239,20 +239,26 @@ def peak_bytes(
     milliseconds for any size. A convolution's input and output count twice, because oneDNN and
     cuDNN may copy both into another layout.
     """
-    # Copy the module to the meta device: deepcopy takes what the memo has for a tensor, instead of
-    # copying it.
+    # Of several dtypes the widest computes: diffusers' layerwise casting stores in narrower ones.
+    dtypes = [parameter.dtype for parameter in module.parameters()]
+    dtype = max(dtypes, key=lambda one: one.itemsize, default=torch.float32)
+
+    # Copy the module to the meta device, without hooks: deepcopy takes what the memo has for a
+    # tensor, instead of copying it.
     memo: dict[int, Any] = {}
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=False
+            torch.empty_like(parameter, dtype=dtype, device="meta"), requires_grad=False
         )
+    for part in module.modules():
+        memo |= {id(hook): () for hook in hooks_around(part)}
     meta = copy.deepcopy(module, memo)
     for part in meta.modules():
         forget_hooks(part)
 
-    x = torch.empty(shape, dtype=dtype_of(meta), device="meta")
+    x = torch.empty(shape, dtype=dtype, device="meta")
     with torch.no_grad(), LiveBytes() as live:
         run(meta, x)
     return int(live.peak)

@@ -85,6 +85,11 @@ class Family(ABC):
         return None
 
 
+def _attention_levels(blocks: Sequence[str]) -> list[int]:
+    """Find the levels with attention; others have the plain blocks, or can't be autoencoders."""
+    return [level for level, block in enumerate(blocks) if block.startswith("Attn")]
+
+
 class StableDiffusion(Family):
     """AutoencoderKL as SDEncoder, SDDecoder and a quantizer: Stable Diffusion's to FLUX.1's."""
 
@@ -92,19 +97,8 @@ class StableDiffusion(Family):
     networks = (SDEncoder, SDDecoder)
 
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
-        # Our networks have two kinds of blocks, the same in both halves, and one activation.
+        # Our networks have one activation.
         config = theirs.model.config
-        levels = len(config["block_out_channels"])
-        attention_levels = []
-        for level, block in enumerate(config["down_block_types"]):
-            if block.startswith("Attn"):
-                attention_levels.append(level)
-        for key, known in block_types(levels, attention_levels).items():
-            if list(config[key]) != known:
-                raise ConfigError(
-                    f"{name}: {key}: {', '.join(config[key])}: beside this encoder only "
-                    f"{', '.join(known)} can be trained here"
-                )
         if config["act_fn"] != "silu":
             raise ConfigError(f"{name}: act_fn: {config['act_fn']}: only silu can be trained here")
 
@@ -124,14 +118,15 @@ class StableDiffusion(Family):
             "num_res_blocks": config["layers_per_block"],
             "norm_groups": config["norm_num_groups"],
             "attention": config["mid_block_add_attention"],
-            "attention_levels": attention_levels,
         }
         z_channels = config["latent_channels"]
         size = config["sample_size"]
         f = 2 ** (len(widths) - 1)
         encoder = {"latent_dim": 2 * z_channels, "in_channels": config["in_channels"]}
+        encoder["attention_levels"] = _attention_levels(config["down_block_types"])
         encoder["image_size"] = size if isinstance(size, int) and size % f == 0 else max(256, f)
         decoder = {"z_channels": z_channels, "enlarge": theirs.enlarge}
+        decoder["attention_levels"] = _attention_levels(config["up_block_types"][::-1])
         decoder["out_channels"] = config["out_channels"]
         if theirs.enlarge > 1:
             decoder["out_channels"] = theirs.in_channels
@@ -163,9 +158,9 @@ class StableDiffusion(Family):
         n_z = model.latent_channels
         moments = model.encoder.latent_dim
 
-        # AutoencoderKL has one setting for both halves.
+        # AutoencoderKL has one setting for both halves, but for attention at levels.
         both: list[tuple[str, Any, Any]] = [("widths", widths, others)]
-        for key in ("num_res_blocks", "norm_groups", "attention", "attention_levels"):
+        for key in ("num_res_blocks", "norm_groups", "attention"):
             both.append((key, encoder[key], decoder[key]))
         both.append(("moments", moments, 2 * model.decoder.z_channels))
         for what, one, other in both:
@@ -179,7 +174,7 @@ class StableDiffusion(Family):
         return {
             "in_channels": model.in_channels,
             "out_channels": model.decoder.out_channels,
-            **block_types(len(widths), encoder["attention_levels"]),
+            **block_types(len(widths), encoder["attention_levels"], decoder["attention_levels"]),
             "block_out_channels": widths,
             "layers_per_block": encoder["num_res_blocks"],
             "latent_channels": n_z,

@@ -397,11 +397,13 @@ def _latent_diffusion_config(
     while (first := f"encoder.down.{len(widths)}.block.0.conv1.weight") in weights:
         widths.append(weights[first].shape[0])
     depth = len(widths)
-    attention_levels = [i for i in range(depth) if f"encoder.down.{i}.attn.0.q.weight" in weights]
+    attention = []
+    for levels in ("encoder.down", "decoder.up"):
+        attention.append([i for i in range(depth) if f"{levels}.{i}.attn.0.q.weight" in weights])
     config: dict[str, Any] = {
         "in_channels": channels,
         "out_channels": output,
-        **block_types(depth, attention_levels),
+        **block_types(depth, *attention),
         "block_out_channels": widths,
     }
     if kind == FLUX2:

@@ -91,6 +91,28 @@ def test_the_fourth_band_of_a_picture_is_no_alpha():
         Photo(turned, "a.tif", 4)
 
 
+@pytest.mark.parametrize("extra", [["unassalpha"], ["unspecified"] * 3])
+def test_packed_planes_are_not_taken_for_their_first_one(extra):
+    """As GDAL stores bands by default: they would be grey, and alpha noise."""
+    array = values("uint8", 1 + len(extra))
+    planes = np.moveaxis(array, -1, 0)
+    content = tiff(planes, extrasamples=extra, planarconfig="separate", compression="deflate")
+    for channels in (1, 3):
+        with pytest.raises(UnreadableImageError, match=r"got uint8 of .* is `channels` right"):
+            Photo(content, "a.tif", channels)
+    tensor = image_to_tensor(Photo(content, "a.tif", len(planes)).read())
+    np.testing.assert_array_equal(tensor.numpy(), planes)
+
+
+def test_colours_in_planes_that_pillow_misreads_are_refused():
+    planes = np.moveaxis(values("uint8"), -1, 0)
+    content = tiff(planes, "cielab", planarconfig="separate", metadata=None)
+    with pytest.raises(UnreadableImageError, match=r"its LAB colours are in planes: save it"):
+        Photo(content, "a.tif")
+    content = tiff(planes, "rgb", planarconfig="separate", compression="deflate")
+    np.testing.assert_array_equal(image_to_tensor(Photo(content, "a.tif").read()).numpy(), planes)
+
+
 def test_a_tiff_of_several_pages_is_refused():
     """Only the first would be read."""
     with pytest.raises(UnreadableImageError, match="3 pages"):

@@ -126,7 +126,8 @@ class Decoder(nn.Module):
 class CompVisKL(nn.Module):
     """An autoencoder with attention at some levels, counted from the image's.
 
-    ``embedded`` channels are stored; the decoder takes ``z``.
+    The decoder's are the encoder's, or its own. ``embedded`` channels are stored; the decoder takes
+    ``z``.
     """
 
     def __init__(
@@ -136,10 +137,12 @@ class CompVisKL(nn.Module):
         embedded: int = 4,
         blocks: int = 2,
         attention: Sequence[int] = (),
+        decoder_attention: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(widths, z, blocks, {*attention})
-        self.decoder = Decoder(widths, z, blocks, {*attention})
+        own = attention if decoder_attention is None else decoder_attention
+        self.decoder = Decoder(widths, z, blocks, {*own})
         self.quant_conv = nn.Conv2d(2 * z, 2 * embedded, 1)
         self.post_quant_conv = nn.Conv2d(embedded, z, 1)
 

@@ -284,16 +284,6 @@ def test_sample_size_that_our_encoder_does_not_take_becomes_256(sample_size):
     ("make", "message"),
     [
         (lambda: make("VQModel"), "diffusers' VQModel can be a teacher"),
-        (
-            lambda: tiny_kl(
-                down_block_types=("DownEncoderBlock2D",) * 2 + ("AttnDownEncoderBlock2D",)
-            ),
-            "up_block_types: UpDecoderBlock2D",
-        ),
-        (
-            lambda: tiny_kl(up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 2),
-            "up_block_types: AttnUpDecoderBlock2D",
-        ),
         (lambda: tiny_kl(use_quant_conv=False), "it has one of quant_conv and post_quant_conv"),
         (lambda: tiny_kl(act_fn="gelu"), "act_fn: gelu: only silu"),
     ],

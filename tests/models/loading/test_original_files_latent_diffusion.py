@@ -94,12 +94,19 @@ def test_latent_diffusion_files_that_do_not_fit_are_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("attention", [(), (2,), (1, 2)], ids=str)
-def test_attention_at_levels_is_read_and_computed_as_compvis_does(attention, tmp_path, image):
-    """As kl-f16 and kl-f32 have it, beside attention in the middle."""
-    theirs = with_random_weights(CompVisKL(attention=attention))
-    save_file(theirs.state_dict(), tmp_path / "kl.safetensors")
-    found = find_target(tmp_path / "kl.safetensors").load()
+@pytest.mark.parametrize(
+    ("attention", "decoder_attention"),
+    [((), ()), ((2,), (2,)), ((1, 2), (1, 2)), ((2,), ()), ((), (1,))],
+    ids=str,
+)
+def test_attention_at_levels_is_read_and_computed_as_compvis_does(
+    attention, decoder_attention, tmp_path, image
+):
+    """As kl-f16 and kl-f32 have it, beside attention in the middle; MAR's in the encoder alone."""
+    shape = {"attention": attention, "decoder_attention": decoder_attention}
+    theirs = with_random_weights(CompVisKL(**shape))
+    torch.save({"model": theirs.state_dict()}, tmp_path / "kl.ckpt")
+    found = find_target(tmp_path / "kl.ckpt").load()
     with torch.no_grad():
         moments, y = theirs(image)
         torch.testing.assert_close(found.encode(image).mean, moments[:, :4], rtol=1e-4, atol=1e-5)
@@ -110,7 +117,7 @@ def test_attention_at_levels_is_read_and_computed_as_compvis_does(attention, tmp
     with torch.no_grad():
         torch.testing.assert_close(ours.encode(image).mean, moments[:, :4], rtol=1e-4, atol=1e-5)
     export(ours, tmp_path / "back.safetensors", find_layout("ldm"))
-    back = CompVisKL(attention=attention)
+    back = CompVisKL(**shape)
     back.load_state_dict(load_file(tmp_path / "back.safetensors"))
     with torch.no_grad():
         assert torch.equal(back.eval()(image)[1], y)
@@ -119,7 +126,7 @@ def test_attention_at_levels_is_read_and_computed_as_compvis_does(attention, tmp
         again = AutoencoderKL.from_pretrained(tmp_path / "folder")(image).sample
     torch.testing.assert_close(again, y, rtol=1e-4, atol=1e-5)
     notes = " ".join(find_layout("ldm").notes(ours))
-    assert ("at levels" in notes) == bool(attention)
+    assert ("at levels" in notes) == bool(attention or decoder_attention)
 
 
 @pytest.mark.parametrize("embedded", [3, 6])
