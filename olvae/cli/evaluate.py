@@ -377,6 +377,11 @@ def _observers(
         observers.append(flat_colours.FlatColours())
     for text in own:
         for name in text.replace(" ", "").split(","):
+            if name not in OBSERVERS and "." not in name:
+                raise ConfigError(
+                    f"--observe {name}: choose from {', '.join(OBSERVERS)}, or name a class, "
+                    "package.module.Class"
+                )
             found = resolve_class(OBSERVERS.get(name, name), Observer)
             arguments = {"weights_dir": weights_dir} if issubclass(found, Interpolated) else {}
             observers.append(found(**arguments))

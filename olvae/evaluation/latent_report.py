@@ -425,8 +425,8 @@ def print_latents(content: Mapping[str, Any], observer: Observer) -> None:
         if "noise_share" in row:
             share = f"{100 * row['noise_share']:.3g} % of the variance of its samples"
             console.print(
-                f"{escape(name)}: {share} is the posterior's noise: an encoded sample keeps one "
-                "draw of it, with encoded moments each epoch draws anew"
+                f"{escape(name)}: {share} is the posterior's noise: olvae encode stores "
+                "moments, so each epoch draws it anew; a stored sample keeps one draw"
             )
         if "high_frequencies_of_images" in row:
             share = f"{100 * row['high_frequencies']:.0f} % of the energy"

@@ -141,7 +141,7 @@ def read_plan(options: TrainOptions) -> Plan:
     given = [what for what, value in starts.items() if value is not None]
     if len(given) > 1:
         raise ConfigError(f"{', '.join(given)}: give one of them")
-    _keep_additions(config, overrides)
+    _check_additions(config, overrides)
 
     time_limit = None if options.time_limit is None else parse_time(options.time_limit)
     settings = _settings(options, config, previous)
@@ -185,22 +185,17 @@ def parse_time(text: str) -> float:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
-def _keep_additions(config: Config, overrides: Sequence[str]) -> None:
-    """With ``model.from``, ignore the config files' networks; keep params that overrides add.
-
-    ConfigError for an override that replaces a network.
-    """
+def _check_additions(config: Config, overrides: Sequence[str]) -> None:
+    """With ``model.from``, raise ConfigError for an override that replaces a network."""
     if "from" not in config["model"]:
         return
     overriding = merge_files((), overrides, resolve=False)
-    params = runs.entry_of(config, "model.params") or {}
     given = runs.entry_of(overriding, "model.params") or {}
     for key in given.keys() & set(FROM_START):
         if not isinstance(given[key], dict) or "target" in given[key]:
-            origin = config["model"]["from"]
-            raise ConfigError(f"model.params.{key}: comes from {origin}: leave it out")
-        if "target" in params[key]:
-            params[key] = given[key]
+            raise ConfigError(
+                f"model.params.{key}: comes from {config['model']['from']}: leave it out"
+            )
 
 
 def _absolute_teacher(previous: Config | None) -> str | None:

@@ -69,21 +69,22 @@ def start_from(
     found = loaded
     if channels != loaded.in_channels:
         found = with_channels(loaded, channels, name)
-    measured: Mapping[str, Any] = {}
+    overriding = entry_of(merge_files((), overrides, resolve=False), "model.params") or {}
     if target.factors_outdated:
         drop_factors(found)
-        measured = entry_of(merge_files((), overrides, resolve=False), "model.params") or {}
 
     # Its networks, with the config's additions; `enlarge` counts also beside other networks.
     enlarge = entry_of(params, "decoder_config.params.enlarge")
     for key, value in found.config.items():
-        params[key] = _network(value, params.get(key), f"model.params.{key}", name)
+        where = f"model.params.{key}"
+        params[key] = _network(value, params.get(key), overriding.get(key), where, name)
     if enlarge is not None:
         params["decoder_config"]["params"]["enlarge"] = enlarge
     params.pop("initial_logvar", None)
     found = enlarged_as(found, params["decoder_config"], name)
 
     # Factors and frozen halves. A frozen encoder must keep its latents.
+    measured = overriding if target.factors_outdated else {}
     _set_latents(params, source, found, name, measured)
     if params.get("freeze_encoder"):
         _check_encoder(config, params, loaded, found, name)
@@ -99,24 +100,25 @@ def start_from(
     return weights, target.config
 
 
-def _network(found: Any, given: Any, where: str, name: str) -> Any:
+def _network(found: Any, given: Any, added: Any, where: str, name: str) -> Any:
     """Return the value of a config's key for what was found, with the additions given there.
 
-    ``where`` and ``name`` are the key and the autoencoder, for a warning.
+    Where another class replaces the config's, those are what overrides have ``added``, which count
+    always. ``where`` and ``name`` are the key and the autoencoder, for a warning.
     """
     if not isinstance(found, Mapping) or not isinstance(given, Mapping):
         return found
-    if "target" not in given:
-        return OmegaConf.to_container(OmegaConf.merge(found, given))
-    if not _extends(given, found):
-        if given["target"] != found["target"]:
+    if "target" in given and not _extends(given, found):
+        if not added and given["target"] != found["target"]:
             ours, theirs = (node["target"].rpartition(".")[2] for node in (given, found))
             warnings.warn(
                 f"{where}: its {ours} is replaced by the {theirs} of {name}; params without a "
                 "target are added to that",
                 stacklevel=3,
             )
-        return found
+        given = added or {}
+    if "target" not in given:
+        return OmegaConf.to_container(OmegaConf.merge(found, given))
 
     # Params of a class that extends the one found, but for defaults that it leaves out.
     base = inspect.signature(cfg.resolve_target(found["target"])).parameters
@@ -125,7 +127,7 @@ def _network(found: Any, given: Any, where: str, name: str) -> Any:
     for key, value in found["params"].items():
         if key in kind or value != base[key].default:
             params[key] = value
-    return OmegaConf.to_container(OmegaConf.merge(given, {"params": params}))
+    return OmegaConf.to_container(OmegaConf.merge(given, {"params": params}, added or {}))
 
 
 def _extends(given: Mapping[str, Any], found: Mapping[str, Any]) -> bool:

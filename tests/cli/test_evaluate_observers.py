@@ -101,7 +101,8 @@ def test_observe_takes_a_list_as_metrics_does(evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("classes", "text"),
     [
-        (["colour,"], "'' is not a dotted path"),
+        (["colour,"], "--observe : choose from colour, ifid, "),
+        (["roundtrips"], "--observe roundtrips: choose from colour, ifid, "),
         (["toys.Nothing"], "toys.Nothing is not a kind of"),
         (["toys.Brighter"], "toys has no Brighter; did you mean Brightness"),
         (

@@ -436,6 +436,7 @@ def test_printed_latents_have_all_numbers_of_their_row(capsys, monkeypatch):
     assert of_points in lines
     assert any(line.startswith("[b]: KL and active channels skipped") for line in text)
     assert any(line.startswith("a: 1.23 % of the variance of its samples") for line in text)
+    assert any("a stored sample keeps one draw" in line for line in text)
     share = "a: high frequencies have 25 % of the energy, the images' 50 %"
     assert share in text
     assert sum("high frequencies" in line for line in text) == 1

@@ -56,16 +56,6 @@ def test_names_of_runs_are_looked_up_in_the_folder_of_runs(tmp_path, image_folde
         read_plan(TrainOptions([tmp_path / "cfg.yaml"], start_from="nothing"))
 
 
-def test_read_plan_keeps_overrides_for_the_networks_of_a_target():
-    """Not to those of the recipe, which it replaces."""
-    added = ["model.params.decoder_config.params.padding=reflect"]
-    params = read_plan(TrainOptions(["folder"], added, start_from="olvae:photos-f8c12")).config[
-        "model"
-    ]["params"]
-    assert params["decoder_config"] == {"params": {"padding": "reflect"}}
-    assert "target" in params["encoder_config"]
-
-
 def test_parse_time_takes_days_hours_minutes_and_seconds():
     texts = {"3h50m": 13800, "45m": 2700, "90s": 90, "1d12h": 129600, "1h0m5s": 3605}
     assert {text: parse_time(text) for text in texts} == texts

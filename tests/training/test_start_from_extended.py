@@ -55,6 +55,21 @@ def test_a_decoder_that_extends_another_starts_as_that(tmp_path):
     assert content["model"]["params"]["freeze_encoder"]
 
 
+@pytest.mark.parametrize("extended", [False, True])
+def test_overrides_are_added_to_the_decoder_that_is_trained(extended, tmp_path):
+    """To an extended one with the recipe's params, else to the one found without these."""
+    target, _ = plain(tmp_path)
+    content = config(target=target) if extended else tiny_config()
+    content["model"]["from"] = target
+    given = {"dropout": 0.25, "noise_std": 0.3} if extended else {"dropout": 0.25}
+    content["model"]["params"]["decoder_config"]["params"] |= {"channels": 8, **given}
+    place = "model.params.decoder_config.params"
+    start_from(content, [f"{place}.{name}={value}" for name, value in given.items()])
+    node = content["model"]["params"]["decoder_config"]
+    assert node["target"].endswith("OneStepDecoder") == extended
+    assert node["params"] == {**node["params"], "channels": 4, **given}
+
+
 def test_a_run_of_an_extended_decoder_trains_exports_and_starts_another(
     train_with, tmp_path, image_folder
 ):
