@@ -479,7 +479,8 @@ def test_a_teachers_outdated_factors_are_not_the_students(tmp_path, monkeypatch)
     save({**config, "run": {}}, tmp_path / "config.yaml")
     assert factor(scaling_factor=0.75) == 0.5
     monkeypatch.setattr(LiteVAE, "factors_known", False)
-    assert factor(scaling_factor=0.75) == 0.75
+    guessed = student(str(tmp_path), scaling_factor=0.75).for_diffusion
+    assert (guessed["scaling_factor"], guessed["shift_factor"]) == (0.75, 0.25)
     with pytest.raises(ConfigError, match=r"scaling_factor: .* no factors"):
         factor()
 
@@ -522,10 +523,10 @@ def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
             {**EIGHT, "latent_channels": 6, "latents_mean": [0.1] * 6, "latents_std": [1.0] * 6},
             r"^model.params.parts.teacher: .*has f8, 6 channels, .* set model.params.embed_dim=6",
         ),
-        ({**EIGHT, "latent_channels": 6}, "has f8, 6 channels, .*, but the student f8, 4 channels"),
+        ({**EIGHT, "latent_channels": 6}, r"f8, 6 channels, .*, but the student f8, 4 .*blocks\)$"),
         (
             {**EIGHT, "in_channels": 1, "out_channels": 1},
-            "images of 1 channel, but the student .* of 3 channels",
+            r"images of 1 channel, but the student .* of 3 .*\); in_channels of .*\.channels=1$",
         ),
         (
             {**EIGHT, "latents_mean": [0.1] * 3, "latents_std": [1.0] * 4},
