@@ -135,7 +135,7 @@ class Training:
         self.update(self.adam, self.vae, self.rate)
 
         # The average starts as the weights after the first step.
-        decay = EMA_DECAY if self.done else 0.0
+        decay = min(EMA_DECAY, (1 + self.done) / (10 + self.done)) if self.done else 0.0
         with torch.no_grad():
             weights = dict(self.vae.named_parameters())
             for name, average in self.average.named_parameters():

@@ -115,7 +115,7 @@ def test_encoder_and_decoder_that_do_not_fit_are_refused():
 
     with pytest.raises(ValueError, match=r"latent_dim, 8, .* z_channels, 6"):
         LiteVAE(encoder(), decoder(z_channels=3))
-    with pytest.raises(ValueError, match=r"downscale, 4, .*upscale, 8"):
+    with pytest.raises(ValueError, match=r"downscale, 4, .*upscale .*enlarge.*, 8"):
         LiteVAE(encoder(dct_levels=2), decoder())
     with pytest.raises(ValueError, match="in_channels, 1, is not"):
         LiteVAE(encoder(in_channels=1), decoder())
