@@ -28,7 +28,7 @@ from olvae.cli.options import (
     split_commas,
     with_progress,
 )
-from olvae.config import ConfigError, resolve_class
+from olvae.config import ConfigError, check_name_or_path, resolve_class
 from olvae.data.places import check_outside
 from olvae.files import check_folder
 from olvae.runs import Run, find_run
@@ -377,11 +377,7 @@ def _observers(
         observers.append(flat_colours.FlatColours())
     for text in own:
         for name in text.replace(" ", "").split(","):
-            if name not in OBSERVERS and "." not in name:
-                raise ConfigError(
-                    f"--observe {name}: choose from {', '.join(OBSERVERS)}, or name a class, "
-                    "package.module.Class"
-                )
+            check_name_or_path("--observe", name, OBSERVERS)
             found = resolve_class(OBSERVERS.get(name, name), Observer)
             arguments = {"weights_dir": weights_dir} if issubclass(found, Interpolated) else {}
             observers.append(found(**arguments))

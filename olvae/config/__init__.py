@@ -10,6 +10,7 @@ from olvae.config.nodes import Config as Config
 from olvae.config.nodes import ConfigError as ConfigError
 from olvae.config.nodes import Node as Node
 from olvae.config.nodes import check as check
+from olvae.config.nodes import check_name_or_path as check_name_or_path
 from olvae.config.nodes import import_extra as import_extra
 from olvae.config.nodes import instantiate as instantiate
 from olvae.config.nodes import key_places as key_places

@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
@@ -270,6 +270,15 @@ def resolve_class(target: str, base: type[_T]) -> type[_T]:
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{target} is not a kind of {base.__module__}.{base.__qualname__}")
     return found
+
+
+def check_name_or_path(setting: str, name: str, known: Collection[str]) -> None:
+    """Raise ConfigError for a name that is neither known nor the path of a class of your own."""
+    if name not in known and "." not in name:
+        raise ConfigError(
+            f"{setting} {name}: choose from {', '.join(known)}, or name a class, "
+            "package.module.Class"
+        )
 
 
 def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:

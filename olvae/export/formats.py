@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from olvae.checkpoint import PRIVATE_PREFIX, write_tensors
-from olvae.config import Config, ConfigError, resolve_class
+from olvae.config import Config, check_name_or_path, resolve_class
 from olvae.export.as_diffusers import AutoencoderLiteVAE
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.families import Family, StableDiffusion, Tiny, family_of
@@ -529,13 +529,9 @@ LAYOUTS: dict[str, type[Layout]] = {
 
 def find_layout(name: str) -> Layout:
     """Find a format by its name, or by the path of a class of your own; ConfigError if none."""
+    check_name_or_path("`format`", name, LAYOUTS)
     if name in LAYOUTS:
         return LAYOUTS[name]()
-    if "." not in name:
-        raise ConfigError(
-            f"`format` {name}: choose from {', '.join(LAYOUTS)}, or name a class, "
-            "package.module.Class"
-        )
     return resolve_class(name, Layout)()  # type: ignore[type-abstract]
 
 

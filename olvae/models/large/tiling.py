@@ -240,8 +240,11 @@ def peak_bytes(
     cuDNN may copy both into another layout.
     """
     # Of several dtypes the widest computes: diffusers' layerwise casting stores in narrower ones.
-    dtypes = [parameter.dtype for parameter in module.parameters()]
-    dtype = max(dtypes, key=lambda one: one.itemsize, default=torch.float32)
+    dtype = max(
+        (parameter.dtype for parameter in module.parameters()),
+        key=lambda one: one.itemsize,
+        default=torch.float32,
+    )
 
     # Copy the module to the meta device, without hooks: deepcopy takes what the memo has for a
     # tensor, instead of copying it.
