@@ -237,10 +237,9 @@ def export(
                     f"{place}: `force` would delete {', '.join(sorted(others))}, no part of an "
                     "export"
                 )
-        place.parent.mkdir(parents=True, exist_ok=True)
+        replace_folder(partial, place)
         for graph in graphs:
             (beside / graph.name).replace(graph)
-        replace_folder(partial, place)
     return differences
 
 
